@@ -1,0 +1,1 @@
+"""Operators of Sana models: for each one a readable reference and its GPU implementations."""

@@ -1,0 +1,64 @@
+"""Files that are either whole or absent, and their digests."""
+
+import errno
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sana_runtime.errors import BuildError
+
+_CHUNK_BYTES = 1 << 22
+
+
+def sha256_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
+    """Hex SHA-256 of a file's content; `on_bytes` is told the size of each chunk read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            if on_bytes:
+                on_bytes(len(chunk))
+    return digest.hexdigest()
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames inside `directory` durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `path`; on success sync and rename it, on any failure remove it.
+
+    A full disk becomes a `BuildError` that names the file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise no_space_or(error, path) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def no_space_or(error: OSError, path: Path) -> Exception:
+    """The `BuildError` for a full disk or quota; any other OSError unchanged."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return error
+    return BuildError(
+        f"no space left while writing {path}",
+        received=os.strerror(error.errno),
+        expected=f"room for the file in {path.parent}",
+        action="free space or choose another --output, then run the same command: finished stages are reused",
+    )
