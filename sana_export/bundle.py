@@ -1,0 +1,248 @@
+"""Writing a bundle: a staging folder beside the output, stage records that make reuse and resuming possible, and
+one rename that makes the bundle appear whole.
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from sana_runtime.errors import BuildError, BundleError
+from sana_runtime.files import sha256_file, sync_directory, whole_file
+from sana_runtime.manifest import MANIFEST_NAME, FileEntry, Manifest, read_manifest
+
+RECORD_NAME = "build.json"
+
+
+class StageRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A finished stage: what it was made from, the files it wrote, and what was measured."""
+
+    inputs: dict[str, str]
+    files: tuple[FileEntry, ...]
+    measured: dict[str, float | int | str]
+
+
+class BuildRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The content of build.json: stage name -> record."""
+
+    stages: dict[str, StageRecord] = {}
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """Whether a stage can be kept, and the one-line reason."""
+
+    record: StageRecord | None
+    reason: str
+
+
+class Staging:
+    """The folder a bundle is assembled in; use through `open_staging`."""
+
+    def __init__(self, output: Path, folder: Path) -> None:
+        self.output = output
+        self.folder = folder
+        self._record = read_build_record(folder)
+
+    def reusable(self, stage: str, inputs: Mapping[str, str]) -> Reuse:
+        """The stage's record if it was made from exactly `inputs` and its files are intact."""
+        record = self._record.stages.get(stage)
+        if record is None:
+            return Reuse(None, "not built yet")
+        changed = _changes(record.inputs, inputs)
+        if changed:
+            return Reuse(None, "changed: " + ", ".join(changed))
+        for entry in record.files:
+            path = self.folder / entry.path
+            if not path.is_file():
+                return Reuse(None, f"{entry.path} is missing")
+            if path.stat().st_size != entry.size or sha256_file(path) != entry.sha256:
+                return Reuse(None, f"{entry.path} was damaged")
+        return Reuse(record, "same inputs, files intact")
+
+    def finish(
+        self, stage: str, inputs: Mapping[str, str], files: list[Path], measured: Mapping[str, float | int | str]
+    ) -> StageRecord:
+        """Record a finished stage. `files` lie in the staging folder."""
+        record = StageRecord(dict(inputs), tuple(self._entry(path) for path in files), dict(measured))
+        self._record = BuildRecord({**self._record.stages, stage: record})
+        self._write_record()
+        return record
+
+    def keep_only(self, stages: set[str]) -> None:
+        """Forget other stages and delete every file that no kept stage wrote."""
+        self._record = BuildRecord({name: r for name, r in self._record.stages.items() if name in stages})
+        self._write_record()
+        kept = {entry.path for record in self._record.stages.values() for entry in record.files}
+        for path in sorted(self.folder.rglob("*"), reverse=True):
+            if path.is_dir():
+                if not any(path.iterdir()):
+                    path.rmdir()
+            elif path.relative_to(self.folder).as_posix() not in {*kept, RECORD_NAME}:
+                path.unlink()
+
+    def files(self) -> tuple[FileEntry, ...]:
+        """Every file of the recorded stages, and the record itself."""
+        entries = {entry.path: entry for record in self._record.stages.values() for entry in record.files}
+        entries[RECORD_NAME] = self._entry(self.folder / RECORD_NAME)
+        return tuple(entries[path] for path in sorted(entries))
+
+    def commit(self, manifest: Manifest) -> None:
+        """Write the manifest and put the staged bundle in the output's place."""
+        with whole_file(self.folder / MANIFEST_NAME) as temporary:
+            temporary.write_bytes(manifest.sealed().to_json())
+        replaced = _replaced_path(self.output)
+        if self.output.exists():
+            os.rename(self.output, replaced)
+        os.rename(self.folder, self.output)
+        sync_directory(self.output.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def _entry(self, path: Path) -> FileEntry:
+        return FileEntry(path.relative_to(self.folder).as_posix(), path.stat().st_size, sha256_file(path))
+
+    def _write_record(self) -> None:
+        content = msgspec.json.format(msgspec.json.encode(self._record), indent=2)
+        with whole_file(self.folder / RECORD_NAME) as temporary:
+            temporary.write_bytes(content + b"\n")
+
+
+@contextmanager
+def open_staging(output: Path) -> Iterator[Staging]:
+    """Lock `output` against other builds and yield its staging folder, filled with what a former build left.
+
+    Raises `BuildError` when another build holds the lock and `BundleError` when `output` is something else than a
+    bundle. The staging folder survives failures and interrupts: the next build resumes from it.
+    """
+    _check_output(output)
+    folder = output.with_name(f".{output.name}.building")
+    with _locked(folder, output):
+        _recover(output)
+        _remove_partial_files(folder)
+        if output.exists() and not (folder / RECORD_NAME).exists():
+            _link_files(output, folder)
+        (folder / MANIFEST_NAME).unlink(missing_ok=True)
+        yield Staging(output, folder)
+
+
+def _check_output(output: Path) -> None:
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if output.is_dir() and (output / RECORD_NAME).is_file():
+        return
+    raise BundleError(
+        f"--output {output} exists and is not a bundle of ours",
+        received="a file" if output.is_file() else "a directory with other content",
+        expected="a new path, an empty directory, or a bundle to rebuild",
+        action="choose another --output",
+    )
+
+
+@contextmanager
+def _locked(folder: Path, output: Path) -> Iterator[None]:
+    """Create the staging folder if need be and hold a lock on it; a crash releases the lock."""
+    descriptor = _open_current(folder)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(descriptor).st_ino != _inode(folder):  # committed by another build in between
+            raise BlockingIOError
+        yield
+    except BlockingIOError as error:
+        raise BuildError(
+            f"another build is writing {output}",
+            received=f"{folder} is locked",
+            expected="one build per output directory at a time",
+            action="wait for it to end, or choose another --output",
+        ) from error
+    finally:
+        os.close(descriptor)
+
+
+def _open_current(folder: Path) -> int:
+    folder.mkdir(parents=True, exist_ok=True)
+    return os.open(folder, os.O_RDONLY)
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return None
+
+
+def _recover(output: Path) -> None:
+    """Undo a crash between the two renames of a commit."""
+    replaced = _replaced_path(output)
+    if replaced.exists():
+        if output.exists():
+            shutil.rmtree(replaced)
+        else:
+            os.rename(replaced, output)
+
+
+def _replaced_path(output: Path) -> Path:
+    return output.with_name(f".{output.name}.replaced")
+
+
+def _remove_partial_files(folder: Path) -> None:
+    for path in folder.rglob("*.partial"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _link_files(source: Path, target: Path) -> None:
+    """Hard links to a finished bundle's files, copies where the file system has none; the record last, so that a
+    crash leaves none. Every writer here replaces files and never edits them.
+    """
+
+    def link(origin: str, copy: str) -> str:
+        Path(copy).unlink(missing_ok=True)
+        try:
+            os.link(origin, copy)
+        except OSError:
+            shutil.copy2(origin, copy)
+        return copy
+
+    record = source / RECORD_NAME
+    shutil.copytree(
+        source,
+        target,
+        copy_function=link,
+        ignore=shutil.ignore_patterns(RECORD_NAME, MANIFEST_NAME),
+        dirs_exist_ok=True,
+    )
+    if record.exists():
+        link(str(record), str(target / RECORD_NAME))
+
+
+def _changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    names = [*new, *(name for name in old if name not in new)]
+    return [
+        f"{name} {_short(old.get(name))} -> {_short(new.get(name))}" for name in names if old.get(name) != new.get(name)
+    ]
+
+
+def _short(value: str | None) -> str:
+    if value is None:
+        return "absent"
+    return value if len(value) <= 40 else f"{value[:12]}…"
+
+
+def read_build_record(bundle: Path) -> BuildRecord:
+    """The record, or an empty one where it is missing or unreadable: then every stage runs again."""
+    try:
+        return msgspec.json.decode((bundle / RECORD_NAME).read_bytes(), type=BuildRecord)
+    except (FileNotFoundError, msgspec.DecodeError):
+        return BuildRecord()
+
+
+def is_current(output: Path, manifest: Manifest) -> bool:
+    """Whether `output` already is exactly this bundle."""
+    try:
+        return read_manifest(output).digest == manifest.sealed().digest
+    except BundleError:
+        return False

@@ -1,0 +1,56 @@
+"""`sana-export`: one file per verb in `sana_export.commands`."""
+
+import sys
+
+import typer
+from rich.console import Console
+
+from sana_export import __version__
+from sana_export.commands import build, compare, doctor, inspect
+from sana_runtime.errors import SanaError
+
+app = typer.Typer(
+    name="sana-export",
+    help="Compile Sana text-to-image models into ONNX and TensorRT engines, and prove that they still paint the "
+    "picture that PyTorch paints. Run a bundle with `sana-runtime generate`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command("build")(build.run)
+app.command("compare")(compare.run)
+app.command("inspect")(inspect.run)
+app.command("doctor")(doctor.run)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"sana-export {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Console entry: a user's mistake ends in one clear message and exit code 1, an interrupt in 130."""
+    errors = Console(stderr=True, highlight=False)
+    try:
+        app()
+    except SanaError as error:
+        errors.print(f"[bold red]error:[/] {_escaped(error)}", soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        errors.print("interrupted: finished stages are kept, run the same command to go on")
+        sys.exit(130)
+
+
+def _escaped(error: SanaError) -> str:
+    from rich.markup import escape
+
+    return escape(str(error))

@@ -1,0 +1,139 @@
+"""`sana-export build`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from sana_export.commands.options import Base, Variant, picture_size
+
+if TYPE_CHECKING:
+    from sana_export.bundle import StageRecord
+    from sana_runtime.manifest import Manifest
+
+_DEFAULT_SIDE = 1024
+
+
+def run(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A diffusers directory, an official .pth file, a Hugging Face id, or random weights: "
+            "random:tiny, random:0.6b, random:1.6b, ...",
+        ),
+    ],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="The bundle to write.")],
+    precision: Annotated[str, typer.Option(metavar="P", help="fp32, bf16 or fp16.")] = "bf16",
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="T",
+            help="tensorrt-rtx (compiles without a GPU), tensorrt (compiles on the device), or onnxruntime. "
+            "Repeat it to put several into the bundle; the runtime takes the first that its machine can run. "
+            "Default: tensorrt-rtx.",
+        ),
+    ] = None,
+    resolution: Annotated[
+        int | None, typer.Option(metavar="N", help="Side of a square picture in pixels. Default: 1024.")
+    ] = None,
+    height: Annotated[int | None, typer.Option(metavar="H", help="Picture height in pixels.")] = None,
+    width: Annotated[int | None, typer.Option(metavar="W", help="Picture width in pixels.")] = None,
+    variant: Variant = None,
+    base: Base = None,
+    components: Annotated[
+        str, typer.Option(metavar="LIST", help="Comma-separated: text_encoder, transformer, vae_decoder.")
+    ] = "text_encoder,transformer,vae_decoder",
+) -> None:
+    """Compile a checkpoint into a bundle, component by component.
+
+    A finished stage is recorded with the digests of its inputs: an interrupted build resumes, an identical build
+    reuses everything, and a changed input rebuilds what depends on it and names the input. The bundle appears at
+    --output only when it is whole.
+    """
+    from sana_export.build import BuildRequest, build
+
+    high, wide = picture_size(resolution, height, width, _DEFAULT_SIDE)
+    request = BuildRequest(
+        model=model,
+        precision=precision,  # type: ignore[arg-type]  # __post_init__ checks the choices
+        targets=tuple(dict.fromkeys(target or ["tensorrt-rtx"])),  # type: ignore[arg-type]
+        height=high,
+        width=wide,
+        output=output,
+        variant=variant,
+        base=base,
+        components=tuple(dict.fromkeys(components.split(","))),  # type: ignore[arg-type]
+    )
+    console = Console(highlight=False)
+    with ProgressReport(console) as reporter:
+        manifest = build(request, reporter)
+    console.print(_summary(manifest))
+    console.print(f"bundle: {output}  (digest {manifest.digest[:12]})")
+    if "onnxruntime" in manifest.targets and any(entry.dtype == "bfloat16" for entry in manifest.components):
+        console.print("note: ONNX Runtime runs bf16 graphs on CUDA only; for its CPU provider build fp32.")
+
+
+class ProgressReport:
+    """A rich progress bar per running stage and one line per finished or reused stage."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description:<26}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[detail]}", style="dim"),
+            console=console,
+            transient=True,
+        )
+        self._console = console
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> "ProgressReport":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def stage_started(self, stage: str, reason: str) -> None:
+        self.stage_progress(stage, 0.0, "")
+        if reason != "not built yet":
+            self._console.print(f"  rebuild  {stage:<26} {reason}", soft_wrap=True)
+
+    def stage_progress(self, stage: str, fraction: float, detail: str) -> None:
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(stage, total=1.0, detail=detail)
+        self._progress.update(self._tasks[stage], completed=fraction, detail=detail[:60])
+
+    def stage_finished(self, stage: str, record: "StageRecord") -> None:
+        self._drop(stage)
+        size = sum(entry.size for entry in record.files) / 2**20
+        figures = f"{record.measured['seconds']:>8} s {record.measured['peak_memory_mib']:>7} MiB peak"
+        self._console.print(f"  built    {stage:<26} {figures} {size:>10.1f} MiB", soft_wrap=True)
+
+    def stage_reused(self, stage: str, record: "StageRecord", reason: str) -> None:
+        self._drop(stage)
+        self._console.print(f"  reused   {stage:<26} {reason}", soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        self._console.print(f"  note     {text}", soft_wrap=True)
+
+    def _drop(self, stage: str) -> None:
+        if stage in self._tasks:
+            self._progress.remove_task(self._tasks.pop(stage))
+
+
+def _summary(manifest: "Manifest") -> Table:
+    table = Table("component", "dtype", "engine", "builder", "MiB", title=f"{manifest.model.source}")
+    sizes = {entry.path: entry.size for entry in manifest.files}
+    for component in manifest.components:
+        for engine in component.engines:
+            size = sum(sizes[path] for path in engine.files) / 2**20
+            builder = f"{engine.builder} {engine.builder_version}"
+            table.add_row(component.name, component.dtype, engine.target, builder, f"{size:.1f}")
+    return table

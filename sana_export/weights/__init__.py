@@ -1,0 +1,1 @@
+"""Checkpoints in: diffusers directories, official `.pth` files, Hugging Face ids and named random models."""
