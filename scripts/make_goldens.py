@@ -160,7 +160,7 @@ def _add_trigflow_step(graph: Graph, bias: str) -> None:
 
 
 def write_vae_decoder(path: Path) -> None:
-    """Pixels = the first three channels, each position repeated over its 32 x 32 pixels."""
+    """Pixels = 16 x + 128 of the first three channels, each position repeated over its 32 x 32 pixels."""
     graph = Graph()
     bounds = [graph.constant(np.array([value])) for value in (0, 3, 1)]
     rgb = graph.add("Slice", "latent", bounds[0], bounds[1], bounds[2])
@@ -169,8 +169,8 @@ def write_vae_decoder(path: Path) -> None:
     pixels = graph.add("Expand", spread, tiles)
     size = graph.constant(np.array([1, 3, 32 * LATENT_HEIGHT, 32 * LATENT_WIDTH]))
     image = graph.add("Transpose", graph.add("Reshape", pixels, size), perm=[0, 2, 3, 1])
-    scale, low, high = (graph.constant(np.float32(value)) for value in (127.5, 0, 255))
-    level = graph.add("Add", graph.add("Mul", image, scale), scale)
+    scale, middle, low, high = (graph.constant(np.float32(value)) for value in (16, 128, 0, 255))
+    level = graph.add("Add", graph.add("Mul", image, scale), middle)
     graph.add("Cast", graph.add("Clip", level, low, high), to=TensorProto.UINT8, output="image")
     graph.write("vae_decoder", *vae_decoder_io(LATENT_HEIGHT, LATENT_WIDTH), path)
 

@@ -98,6 +98,7 @@ _MULTISCALE_KERNEL = 5
 _MAX_STAGES = 8
 _MAX_EXTENT = 1 << 20
 _MAX_REPEATS = 1 << 10
+_MAX_NUMBER = 1 << 10
 
 Placement = Mapping[str, int]
 
@@ -166,6 +167,13 @@ def _extent(component: str, config: Config, field: str, limit: int = _MAX_EXTENT
     return value
 
 
+def _number(component: str, config: Config, field: str) -> float:
+    value = config.get(field)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= _MAX_NUMBER:
+        raise unsupported(component, field, value, f"a number above 0, at most {_MAX_NUMBER}")
+    return float(value)
+
+
 def _width(transformer: Config) -> int:
     heads = _extent("transformer", transformer, "num_attention_heads")
     return heads * _extent("transformer", transformer, "attention_head_dim")
@@ -182,9 +190,15 @@ def _transformer_layout(config: Config) -> Layout:
     _extent("transformer", config, "sample_size")
     if config["qk_norm"] not in (None, _QK_NORM):
         raise unsupported("transformer", "qk_norm", config["qk_norm"], f"null or {_QK_NORM!r}")
+    if not isinstance(config["guidance_embeds"], bool):
+        raise unsupported("transformer", "guidance_embeds", config["guidance_embeds"], "true or false")
+    for field in ("norm_eps", "timestep_scale", "guidance_embeds_scale"):
+        _number("transformer", config, field)
+    if config["interpolation_scale"] is not None:
+        _number("transformer", config, "interpolation_scale")
     symbols = {
         "D": width,
-        "F": int(_ratio(config) * width),
+        "F": int(_number("transformer", config, "mlp_ratio") * width),
         "in": config["in_channels"],
         "out": config["out_channels"],
         "caption": _extent("transformer", config, "caption_channels"),
@@ -195,13 +209,6 @@ def _transformer_layout(config: Config) -> Layout:
         symbols,
         {"once": ({},), timestep: ({},), "block": blocks, "qk_norm": blocks if config["qk_norm"] else ()},
     )
-
-
-def _ratio(config: Config) -> float:
-    value = config.get("mlp_ratio")
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= 64:
-        raise unsupported("transformer", "mlp_ratio", value, "a number in 0..64")
-    return float(value)
 
 
 def _text_encoder_layout(config: Config) -> Layout:
@@ -233,6 +240,7 @@ class _Stage:
 def _vae_layout(config: Config, side: Literal["decoder", "encoder"]) -> Layout:
     stages = _stages(config, side)
     head_dim = _extent("vae", config, "attention_head_dim")
+    _number("vae", config, "scaling_factor")
     last = len(stages) - 1
     placements: dict[str, list[dict[str, int]]] = {
         group: [] for group in ("resample", "res_block", "efficient_vit_block", "multiscale")

@@ -68,7 +68,7 @@ def open_directory(
     absent. Raises `CheckpointError`.
     """
     index = _model_index(folder, source)
-    names = (source, str(index.get("_name_or_path", "")))
+    names = (source, str(folder.resolve()), str(index.get("_name_or_path", "")))
     configs = Configs(
         transformer=_component_config(folder, "transformer"),
         vae=_component_config(folder, "vae"),
@@ -139,9 +139,12 @@ class DirectoryCheckpoint(Checkpoint):
             )
         content = read_bytes(path, MAX_TOKENIZER_BYTES)
         try:
-            Tokenizer.from_buffer(content)
+            size = Tokenizer.from_buffer(content).get_vocab_size()
         except ValueError as error:
-            raise damaged(path, str(error), "a tokenizer of the tokenizers library") from error
+            raise damaged(path, str(error)[:200], "a tokenizer of the tokenizers library") from error
+        if size > self.text_encoder_config["vocab_size"]:
+            expected = f"at most {self.text_encoder_config['vocab_size']}, the text encoder's vocabulary"
+            raise damaged(path, f"{size} tokens", expected)
         return content
 
 

@@ -100,6 +100,6 @@ def _unreachable(model: str, error: Exception) -> CheckpointError:
         f"{model} is neither a local directory, nor in the Hugging Face cache, nor can it be downloaded",
         received=str(error).splitlines()[0] if str(error) else type(error).__name__,
         expected="a local directory, a cached id, or a network connection to Hugging Face",
-        action=f"where there is a network, `hf download {repository} --local-dir DIR`, copy DIR here and give "
-        "its path; or copy that machine's cache and set HF_HOME to it (HF_HUB_OFFLINE=1: do not try the network)",
+        action=f"where there is a network, `hf download {repository} --local-dir DIR`, copy DIR here and "
+        "give its path; or copy that machine's cache and set HF_HOME to it",
     )

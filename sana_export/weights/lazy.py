@@ -34,9 +34,9 @@ def rows(tensor: LazyTensor, start: int, count: int) -> LazyTensor:
     return LazyTensor((count, *tensor.shape[1:]), tensor.dtype, lambda: tensor.load().narrow(0, start, count))
 
 
-def most_common_dtype(tensors: Mapping[str, LazyTensor]) -> torch.dtype:
-    """The dtype that holds most elements."""
+def most_common_dtype(tensors: Mapping[str, LazyTensor]) -> torch.dtype | None:
+    """The dtype that holds most elements; None without tensors."""
     counts: dict[torch.dtype, int] = {}
     for tensor in tensors.values():
         counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.count
-    return max(counts, key=lambda dtype: counts[dtype])
+    return max(counts, key=lambda dtype: counts[dtype], default=None)

@@ -42,7 +42,7 @@ class OfficialCheckpoint(Checkpoint):
         self.base = base
         self._transformer = _split(source, official, config)
         configs = Configs(config, base.vae_config, base.text_encoder_config, base.scheduler_config)
-        clip = needs_attention_clip(most_common_dtype(self._transformer), (source,))
+        clip = needs_attention_clip(most_common_dtype(self._transformer), (str(path.resolve()),))
         super().__init__(source, configs, variant=base.variant, attention_clip=clip)
 
     def upstream_weights(self, component: UpstreamComponent) -> dict[str, LazyTensor]:

@@ -21,8 +21,8 @@ from sana_export.weights.lazy import LazyTensor
 from sana_export.weights.tokenizer import tokenizer_json
 from sana_runtime.errors import CheckpointError
 
-# Elements made at once: bounds the float32 copy of a large tensor to 64 MiB.
-_CHUNK = 1 << 24
+# Elements made at once: bounds the float32 copy of a large tensor to 4 MiB.
+_CHUNK = 1 << 20
 _NORM_SPREAD = 0.1
 _BIAS_SPREAD = 0.02
 
@@ -132,8 +132,8 @@ def _distribution(component: UpstreamComponent, name: str, shape: Shape) -> tupl
 
 def _generator(component: UpstreamComponent, name: str) -> np.random.Generator:
     text = f"{catalogue().generator_version}/{component}/{name}"
-    key = int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big")
-    return np.random.Generator(np.random.Philox(key=key))
+    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big")
+    return np.random.Generator(np.random.PCG64(seed))
 
 
 def _normal(

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from sana_runtime import plan_builder
 from sana_runtime.errors import BuildError, InputError, TargetError
 from sana_runtime.plan_builder import PlanProgress, build_plan

@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+
 from sana_runtime import environment, tensorrt_library, two_wheels
 from sana_runtime.errors import TargetError
 from sana_runtime.tensorrt_library import Candidate, examine_tensorrt, find_tensorrt
@@ -288,8 +289,12 @@ def test_compiler_from_cc_keeps_its_arguments(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_users_file_cannot_shadow_the_childs_imports(tmp_path: Path) -> None:
     (tmp_path / "json.py").write_text("raise SystemExit('the file in the working directory was imported')")
-    script = "import sys; sys.path.pop(0); from sana_runtime import tensorrt_library as t; print(t._probe('csv', {}))"
+    script = "import sys; sys.path.pop(0); from sana_runtime import tensorrt_library as t"
     run = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-c", f"{script}; print(t._probe('csv', {{}}))"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert "csv has no Builder" in run.stdout, run.stderr

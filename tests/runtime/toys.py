@@ -100,7 +100,7 @@ class RecordingEngine(Engine):
         self.written: list[dict[str, np.ndarray]] = []
 
     def _run(self, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]) -> None:
-        self.calls.append({name: tensor.numpy() for name, tensor in inputs.items()})
+        self.calls.append({name: self.memory.view(tensor).copy() for name, tensor in inputs.items()})
         written = {}
         for index, (name, tensor) in enumerate(outputs.items()):
             view = self.memory.view(tensor)

@@ -1,0 +1,1 @@
+"""Does the engine still compute what the PyTorch reference computes?"""
