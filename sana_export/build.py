@@ -15,6 +15,7 @@ import onnx
 
 import sana_kernels
 from sana_export import __version__
+from sana_export.build_request import BuildRequest
 from sana_export.bundle import Staging, StageRecord, open_staging
 from sana_export.components import ComponentPlan, empty_module, plan_components
 from sana_export.graph.export import WEIGHTS_FILE, export_component
@@ -22,16 +23,8 @@ from sana_export.graph.opset import OPSET
 from sana_export.peak_memory import PeakMemory
 from sana_export.prompting import scheduler_entry, tokenizer_entry
 from sana_export.weights.checkpoint import Checkpoint, open_checkpoint
-from sana_runtime.contract import (
-    COMPONENTS,
-    PIXELS_PER_LATENT,
-    PRECISIONS,
-    TARGETS,
-    ComponentName,
-    PrecisionName,
-    TargetName,
-)
-from sana_runtime.errors import BuildError, InputError
+from sana_runtime.contract import TargetName
+from sana_runtime.errors import BuildError
 from sana_runtime.files import no_space_or, whole_file
 from sana_runtime.manifest import (
     SCHEMA_VERSION,
@@ -44,54 +37,9 @@ from sana_runtime.manifest import (
 from sana_runtime.plan_builder import PlanProgress, build_plan
 from sana_runtime.tensorrt_library import TensorrtLibrary, find_tensorrt
 
-_MAX_SIDE = 4096
 _TOKENIZER_STAGE = "tokenizer"
 # The packages whose code decides what an exported graph looks like.
 _EXPORTER_PACKAGES = ("torch", "onnxscript", "onnx-ir", "transformers")
-
-
-@dataclass(frozen=True)
-class BuildRequest:
-    """What to build. `height`, `width` in pixels."""
-
-    model: str
-    precision: PrecisionName
-    targets: tuple[TargetName, ...]
-    height: int
-    width: int
-    output: Path
-    variant: str | None = None
-    base: str | None = None
-    components: tuple[ComponentName, ...] = COMPONENTS
-
-    def __post_init__(self) -> None:
-        _check_choice("precision", self.precision, PRECISIONS)
-        for target in self.targets:
-            _check_choice("target", target, TARGETS)
-        for component in self.components:
-            _check_choice("component", component, COMPONENTS)
-        if not self.targets or not self.components:
-            raise InputError("nothing to build", received="no target or no component", expected="at least one")
-        for side, pixels in (("height", self.height), ("width", self.width)):
-            if not PIXELS_PER_LATENT <= pixels <= _MAX_SIDE or pixels % PIXELS_PER_LATENT:
-                raise InputError(
-                    f"the picture's {side} cannot be built",
-                    received=f"{pixels} pixels",
-                    expected=f"a multiple of {PIXELS_PER_LATENT} from {PIXELS_PER_LATENT} to {_MAX_SIDE}",
-                    action=f"for example --{side} {_nearest_side(pixels)}",
-                )
-
-
-def _check_choice(what: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise InputError(
-            f"unknown {what}", received=value, expected=" or ".join(allowed), action=f"choose --{what} from these"
-        )
-
-
-def _nearest_side(pixels: int) -> int:
-    units = max(1, min(_MAX_SIDE, pixels) // PIXELS_PER_LATENT)
-    return units * PIXELS_PER_LATENT
 
 
 class Reporter(Protocol):
@@ -190,11 +138,12 @@ def _component_stages(run: _Build, plan: ComponentPlan) -> ComponentEntry:
 def _graph_inputs(run: _Build, plan: ComponentPlan, digest: str) -> dict[str, str]:
     component = "vae" if plan.name == "vae_decoder" else plan.name
     configuration = msgspec.json.encode(run.checkpoint.config(component), order="sorted")
+    size = {} if plan.name == "text_encoder" else {"height x width": f"{run.request.height} x {run.request.width}"}
     return {
         "weights": digest,
         "configuration": hashlib.sha256(configuration).hexdigest(),
         "dtype": plan.dtype,
-        "height x width": f"{run.request.height} x {run.request.width}",
+        **size,
         "I/O": hashlib.sha256(msgspec.json.encode((plan.inputs, plan.outputs))).hexdigest(),
         "attention_clip": str(run.checkpoint.attention_clip),
         "opset": str(OPSET),

@@ -24,7 +24,9 @@ def cuda_problem() -> str | None:
         error, count = runtime.cudaGetDeviceCount()
     except RuntimeError as failure:  # the libraries are loaded on the first call
         return f"the CUDA libraries cannot be loaded ({failure})"
-    if error != runtime.cudaError_t.cudaSuccess:
+    if error == runtime.cudaError_t.cudaErrorInsufficientDriver:
+        return "there is no NVIDIA driver, or it is too old for the installed cuda-python"
+    if error not in (runtime.cudaError_t.cudaSuccess, runtime.cudaError_t.cudaErrorNoDevice):
         return f"CUDA reports {error.name}"
     return None if count else "there is no CUDA device"
 

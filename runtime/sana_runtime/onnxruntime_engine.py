@@ -53,6 +53,9 @@ class OnnxRuntimeBackend(Backend):
     def _open_cuda(self) -> None:
         from sana_runtime.cuda import CudaMemory
 
+        if hasattr(ort, "preload_dlls"):
+            # Finds CUDA and cuDNN where pip put them; without it only the system's libraries are seen.
+            ort.preload_dlls()
         memory = CudaMemory()
         self._device_type = "cuda"
         self._provider_options = {"device_id": "0", "user_compute_stream": str(memory.stream)}
@@ -84,7 +87,7 @@ class OnnxRuntimeBackend(Backend):
                     f"{component.name} ({component.dtype}) cannot run on {self.provider}",
                     received=str(error),
                     expected="a graph whose operators this provider implements",
-                    action="build an fp32 bundle for the CPU: sana-export build MODEL --dtype fp32",
+                    action="build an fp32 bundle for the CPU: sana-export build MODEL --output DIR --target onnxruntime --precision fp32",
                 ) from error
             raise BundleError(
                 f"{path}: ONNX Runtime cannot load this engine",

@@ -225,9 +225,9 @@ class Pipeline:
     ) -> DeviceTensor:
         """Solve from `noise` [1, 32, h, w] (unit variance) to the latent to decode.
 
-        Without `negative` there is no classifier-free guidance. `generator` draws the noise that trigflow adds
-        at each step, and is needed by it alone. The returned tensor is the pipeline's: the next call overwrites
-        it.
+        Without `negative` there is no classifier-free guidance. `generator` draws the noise that trigflow
+        adds at each step, and is needed by it alone. The returned tensor is the pipeline's: the next call
+        overwrites it.
         """
         table = step_table(self.manifest.scheduler, num_steps)
         inputs, outputs = self._inputs["transformer"], self._outputs["transformer"]

@@ -32,7 +32,7 @@ from sana_runtime.environment import child_environment
 from sana_runtime.errors import BuildError, InputError
 from sana_runtime.files import no_space_or, whole_file
 from sana_runtime.plan_worker import BuildRequest, Built, Event, Failed, Phase, Progress
-from sana_runtime.tensorrt_library import TensorrtLibrary, find_tensorrt, worker_command
+from sana_runtime.tensorrt_library import TensorrtLibrary, find_tensorrt, signal_name, worker_command
 
 _WORKER_MODULE = "sana_runtime.plan_worker"
 _LOG_LINES = 12
@@ -235,7 +235,7 @@ def _failure(
         return _out_of_memory(
             f"{onnx}: {name} was killed{memory}", "SIGKILL, as the kernel sends when memory is full"
         )
-    end = f"signal {signal.Signals(-exit_code).name}" if exit_code < 0 else f"exit code {exit_code}"
+    end = signal_name(-exit_code) if exit_code < 0 else f"exit code {exit_code}"
     return BuildError(
         f"{onnx}: {name} crashed",
         received=f"{end}, {_where(last)}; last log lines:{log}",

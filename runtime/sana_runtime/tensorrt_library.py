@@ -183,11 +183,19 @@ def _probe(module: str, environment: dict[str, str]) -> _Found | str:
     except OSError as error:
         return f"no child process could be started: {error}"
     if run.returncode < 0:
-        return f"importing it crashed with {signal.Signals(-run.returncode).name}{_last_line(run.stderr)}"
+        return f"importing it crashed with {signal_name(-run.returncode)}{_last_line(run.stderr)}"
     try:
         return _Found(**json.loads(run.stdout.rstrip().rpartition("\n")[2]))
     except (ValueError, TypeError):
         return f"it cannot be used{_last_line(run.stderr)}"
+
+
+def signal_name(number: int) -> str:
+    """ "SIGSEGV" of 11; "signal 35" of one without a name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _last_line(text: str) -> str:

@@ -54,7 +54,7 @@ def run(
     reuses everything, and a changed input rebuilds what depends on it and names the input. The bundle appears at
     --output only when it is whole.
     """
-    from sana_export.build import BuildRequest, build
+    from sana_export.build_request import BuildRequest
 
     high, wide = picture_size(resolution, height, width, _DEFAULT_SIDE)
     request = BuildRequest(
@@ -68,6 +68,8 @@ def run(
         base=base,
         components=tuple(dict.fromkeys(components.split(","))),  # type: ignore[arg-type]
     )
+    from sana_export.build import build
+
     console = Console(highlight=False)
     with ProgressReport(console) as reporter:
         manifest = build(request, reporter)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sana_runtime.errors import CheckpointError
 from tokenizers import Tokenizer
 
 from sana_export.weights import key_map
@@ -30,7 +31,6 @@ from sana_export.weights.stored_files import (
 )
 from sana_export.weights.validation import problems, refuse_problems
 from sana_export.weights.variants import WeightFile, choose_variants, weight_files
-from sana_runtime.errors import CheckpointError
 
 # Pipelines that share Sana's text-to-image components; the guidance kind comes from the transformer's config.
 _PIPELINES = (

@@ -13,11 +13,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from sana_runtime.errors import CheckpointError
 
 from sana_export.weights.architecture import UpstreamComponent
 from sana_export.weights.diffusers_directory import shard_map
 from sana_export.weights.variants import WeightFile, choose_variants, weight_files
-from sana_runtime.errors import CheckpointError
 
 # The base of the HTTP library's own errors, whichever library this huggingface-hub uses.
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -54,6 +54,8 @@ def download(model: str, variant: str | None, components: Sequence[UpstreamCompo
         raise _refused(model, error) from error
     except _NO_NETWORK as error:
         raise _unreachable(model, error) from error
+    except OSError as error:
+        raise _not_written(model, error) from error
 
 
 def _snapshot(repository: str, revision: str | None, patterns: list[str]) -> Path:
@@ -91,6 +93,15 @@ def _refused(model: str, error: Exception) -> CheckpointError:
         action="accept its licence on its page, then `hf auth login`"
         if gated
         else "check the spelling of the id",
+    )
+
+
+def _not_written(model: str, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{model} could not be written to the Hugging Face cache",
+        received=error.strerror or str(error),
+        expected="a writable cache with room for the checkpoint",
+        action="free space, or set HF_HOME to a folder on a larger disk; what was downloaded is kept",
     )
 
 

@@ -11,7 +11,7 @@ import torch
 class LazyTensor:
     """A stored tensor. `load()` reads this tensor only and returns it with `shape` and the stored `dtype`.
 
-    What `load()` returns may be a view of a memory-mapped file: read it, never write into it.
+    What `load()` returns may be a private memory map of a file: its pages are read as they are used.
     """
 
     shape: tuple[int, ...]

@@ -9,6 +9,8 @@ from typing import Any
 
 import msgspec
 import torch
+from sana_runtime.contract import GuidanceKind
+from sana_runtime.errors import CheckpointError
 
 from sana_export.weights import key_map
 from sana_export.weights.architecture import Config, ReferenceComponent, UpstreamComponent, layout
@@ -17,8 +19,6 @@ from sana_export.weights.lazy import LazyTensor, most_common_dtype
 from sana_export.weights.provenance import find_release, needs_attention_clip
 from sana_export.weights.stored_files import content_digest, damaged, unreadable
 from sana_export.weights.validation import problems, refuse_problems
-from sana_runtime.contract import GuidanceKind
-from sana_runtime.errors import CheckpointError
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 # Heads of the cross-attention cannot be told from shapes: width -> (heads, width of a head).
@@ -72,6 +72,8 @@ def _read_pth(path: Path) -> dict[str, LazyTensor]:
     except UnpicklingError as error:
         raise _refused(path, error) from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        if "unable to mmap" in str(error):
+            raise _too_large(path) from error
         raise damaged(path, str(error).splitlines()[0][:200], "a file written by torch.save") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
@@ -175,6 +177,15 @@ def _not_official(source: str, received: str) -> CheckpointError:
         received=received,
         expected="the state dict of a Sana text-to-image model, bare or under 'state_dict'",
         action="choose checkpoints/<name>.pth of an Efficient-Large-Model/Sana… repository",
+    )
+
+
+def _too_large(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is too large to be mapped into this machine's memory",
+        received=f"{path.stat().st_size >> 20} MiB",
+        expected="a file smaller than memory and swap together",
+        action="use the repository ending in _diffusers, whose files are mapped in parts, or add swap",
     )
 
 

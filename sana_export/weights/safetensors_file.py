@@ -1,6 +1,8 @@
 """safetensors files, checked before they are trusted and read one tensor at a time."""
 
 import json
+import mmap
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from sana_runtime.errors import CheckpointError
 
 from sana_export.weights.lazy import LazyTensor
 from sana_export.weights.stored_files import damaged, unreadable
-from sana_runtime.errors import CheckpointError
 
 _PREFIX_BYTES = 8
 # The format's own limit.
@@ -47,7 +48,7 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
     slots = {name: _slot(path, name, fields) for name, fields in header.items()}
     tensors, end = {}, 0
     for name, slot in sorted(slots.items(), key=lambda item: (item[1].begin, item[1].end)):
-        tensor = LazyTensor(slot.shape, slot.dtype, _Reader(path, name, size))
+        tensor = LazyTensor(slot.shape, slot.dtype, _Reader(path, slot, data_start, size))
         if slot.begin != end or slot.end - slot.begin != tensor.size:
             raise damaged(path, f"{name}: bytes {slot.begin}..{slot.end}", f"{tensor.size} bytes from {end}")
         end = slot.end
@@ -58,27 +59,37 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
 
 
 class _Reader:
-    """Reads one tensor as a view of the memory-mapped file."""
+    """Maps one tensor's bytes into memory, privately: the file is never written, and never mapped whole."""
 
-    def __init__(self, path: Path, name: str, size: int) -> None:
-        self._path, self._name, self._size = path, name, size
+    def __init__(self, path: Path, slot: "_Slot", data_start: int, file_size: int) -> None:
+        self._path, self._slot, self._file_size = path, slot, file_size
+        self._begin = data_start + slot.begin
 
     def __call__(self) -> torch.Tensor:
+        slot, count = self._slot, self._slot.end - self._slot.begin
+        if count == 0:
+            return torch.empty(slot.shape, dtype=slot.dtype)
+        before = self._begin % mmap.ALLOCATIONGRANULARITY
         try:
-            size = self._path.stat().st_size
-            if size != self._size:
-                raise CheckpointError(
-                    f"{self._path} changed while it was in use",
-                    received=f"{size} bytes",
-                    expected=f"{self._size} bytes, as when it was opened",
-                    action="let the download or copy finish, then run the command again",
+            with self._path.open("rb") as file:
+                self._refuse_changed(os.fstat(file.fileno()).st_size)
+                mapped = mmap.mmap(
+                    file.fileno(), before + count, access=mmap.ACCESS_COPY, offset=self._begin - before
                 )
-            with safe_open(self._path, framework="pt") as file:
-                return file.get_tensor(self._name)
         except OSError as error:
             raise unreadable(self._path, error) from error
-        except SafetensorError as error:
-            raise damaged(self._path, str(error), "the file as it was when it was opened") from error
+        stored = torch.frombuffer(mapped, dtype=torch.uint8, count=count, offset=before)
+        aligned = stored if self._begin % slot.dtype.itemsize == 0 else stored.clone()
+        return aligned.view(slot.dtype).reshape(slot.shape)
+
+    def _refuse_changed(self, size: int) -> None:
+        if size != self._file_size:
+            raise CheckpointError(
+                f"{self._path} changed while it was in use",
+                received=f"{size} bytes",
+                expected=f"{self._file_size} bytes, as when it was opened",
+                action="let the download or copy finish, then run the command again",
+            )
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int, int]:

@@ -4,9 +4,10 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from sana_runtime.errors import CheckpointError
+
 from sana_export.weights.architecture import UpstreamComponent
 from sana_export.weights.checkpoint import DEFAULT_VARIANT
-from sana_runtime.errors import CheckpointError
 
 STEM: dict[UpstreamComponent, str] = {
     "text_encoder": "model",

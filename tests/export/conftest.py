@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from sana_export.build import BuildRequest, build
+from sana_export.build import build
+from sana_export.build_request import BuildRequest
 from sana_export.bundle import StageRecord
 from sana_export.weights.checkpoint import open_checkpoint
 from sana_export.weights.write import write_diffusers_directory

@@ -1,4 +1,4 @@
-"""Diffusers directories, written by diffusers and transformers themselves, then damaged in every way we know."""
+"""Diffusers directories, written by diffusers and transformers themselves, then damaged in many ways."""
 
 import json
 import os
@@ -13,12 +13,12 @@ import pytest
 import torch
 from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
 from safetensors.torch import load_file, save_file
+from sana_runtime.errors import CheckpointError
 from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma2Model, PreTrainedTokenizerFast
 
 from sana_export.weights.checkpoint import Checkpoint, open_checkpoint
 from sana_export.weights.safetensors_file import open_safetensors
 from sana_export.weights.tokenizer import tokenizer_json
-from sana_runtime.errors import CheckpointError
 
 TRANSFORMER = "diffusion_pytorch_model.safetensors"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
@@ -62,7 +62,7 @@ def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({name: value for name, value in content.items() if value != "remove"}))
 
 
-def edit_weights(path: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
+def edit_weights(path: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
     tensors = load_file(path)
     edit(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
@@ -172,11 +172,31 @@ def test_loading_touches_only_what_is_loaded(tmp_path: Path) -> None:
     assert tensors["small"].load().item() == 1.5
 
 
+def test_unaligned_and_empty_tensors_are_read(tmp_path: Path) -> None:
+    header = (
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
+        b'"b":{"dtype":"F32","shape":[0,3],"data_offsets":[8,8]}}'
+    )
+    header += b" " * (1 + -len(header) % 8)
+    path = tmp_path / "unaligned.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + struct.pack("<2f", 1.5, -2.5))
+    tensors = open_safetensors(path)
+    assert tensors["a"].load().tolist() == [1.5, -2.5]
+    assert tensors["b"].load().shape == (0, 3)
+
+
+def test_a_loaded_tensor_can_be_written_without_touching_the_file(folder: Path) -> None:
+    path = folder / "transformer" / TRANSFORMER
+    before = path.read_bytes()
+    open_safetensors(path)["proj_out.bias"].load().add_(1)
+    assert path.read_bytes() == before
+
+
 def test_opening_reads_headers_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("opening read a tensor")
 
-    monkeypatch.setattr("sana_export.weights.safetensors_file.safe_open", refuse)
+    monkeypatch.setattr("sana_export.weights.safetensors_file.mmap.mmap", refuse)
     assert open_checkpoint(str(folder)).weights("vae_encoder")
 
 
@@ -251,7 +271,7 @@ def test_random_damage_is_refused_or_harmless(folder: Path, tmp_path: Path) -> N
 def test_a_false_header_is_refused(tmp_path: Path, header: bytes) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
-    with pytest.raises(CheckpointError, match="a.safetensors"):
+    with pytest.raises(CheckpointError, match=r"a\.safetensors"):
         open_safetensors(path)
 
 
@@ -310,7 +330,7 @@ def test_every_wrong_tensor_is_listed_in_one_error(folder: Path) -> None:
         tensors["proj_out.weight"] = torch.ones(32, 64, dtype=torch.int32)
 
     edit_weights(folder / "transformer" / TRANSFORMER, edit)
-    edit_weights(folder / "vae" / TRANSFORMER, lambda tensors: tensors.pop("decoder.conv_out.bias") and None)
+    edit_weights(folder / "vae" / TRANSFORMER, lambda tensors: tensors.pop("decoder.conv_out.bias"))
     message = refusal(folder)
     assert "5 problems" in message
     assert "transformer: missing proj_out.bias [32]" in message
@@ -323,8 +343,9 @@ def test_every_wrong_tensor_is_listed_in_one_error(folder: Path) -> None:
 def test_a_long_list_of_wrong_tensors_is_cut(folder: Path) -> None:
     edit_json(folder / "transformer" / "config.json", num_layers=9)
     message = refusal(folder)
-    assert f"{7 * 20} problems" in message
-    assert f"and {7 * 20 - 20} more" in message
+    per_block, absent_blocks, shown = 19, 7, 20
+    assert f"{per_block * absent_blocks} problems" in message
+    assert f"and {per_block * absent_blocks - shown} more" in message
     assert len(message.splitlines()) < 30
 
 
@@ -473,9 +494,7 @@ def test_digests_follow_content_and_are_computed_once(folder: Path) -> None:
     assert checkpoint.digest("transformer", sizes.append) == before
     assert not sizes
     assert checkpoint.digest("vae_decoder") == checkpoint.digest("vae_encoder") != before
-    edit_weights(
-        folder / "transformer" / TRANSFORMER, lambda tensors: tensors["proj_out.bias"].add_(1) and None
-    )
+    edit_weights(folder / "transformer" / TRANSFORMER, lambda tensors: tensors["proj_out.bias"].add_(1))
     assert open_checkpoint(str(folder)).digest("transformer") != before
 
 

@@ -17,7 +17,7 @@ from sana_export.weights.key_map import assemblies, heads_to_qkv, official_parts
 from sana_export.weights.random_model import random_model_names
 
 COMPONENTS: tuple[UpstreamComponent, ...] = ("text_encoder", "transformer", "vae")
-# Parameters and tensors of the released transformers, as published or counted from the released configurations.
+# Parameters and tensors of the released transformers.
 RELEASED = {
     "random:0.6b": ("sana-0.6b", 591_747_872, 548),
     "random:1.6b": ("sana-1.6b", 1_604_462_752, 396),

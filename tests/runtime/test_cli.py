@@ -69,7 +69,11 @@ def test_an_empty_prompt_is_allowed(bundle: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("output", "said"),
-    [("fox.jpg", "ends in .png"), ("missing/fox.png", "there is no directory"), ("dir.png", "is a directory")],
+    [
+        ("fox.jpg", "ends in .png"),
+        ("missing/fox.png", "there is no directory"),
+        ("dir.png", "is a directory"),
+    ],
 )
 def test_output_is_checked_before_the_bundle(tmp_path: Path, output: str, said: str) -> None:
     (tmp_path / "dir.png").mkdir()

@@ -31,7 +31,9 @@ def test_pixels_and_settings_survive(tmp_path: Path, prompt: str) -> None:
     assert stored["prompt"] == prompt
     assert stored["seed"] == 3
     assert stored["bundle_digest"] == "d" * 64
-    assert text["parameters"].startswith(prompt + "\nNegative prompt: blurry\nSteps: 20, CFG scale: 4.5, Seed: 3")
+    assert text["parameters"].startswith(
+        prompt + "\nNegative prompt: blurry\nSteps: 20, CFG scale: 4.5, Seed: 3"
+    )
     assert "Size: 96x64" in text["parameters"]
 
 

@@ -1,4 +1,4 @@
-"""The whole pipeline: through ONNX Runtime against a NumPy painting, and call by call on recording engines."""
+"""The pipeline: through ONNX Runtime against the paper's algorithm, and call by call on recording engines."""
 
 import json
 from pathlib import Path
@@ -57,7 +57,7 @@ class Painter:
 def flow_dpm_picture(velocity: Any, latent: np.ndarray, num_steps: int, shift: float) -> np.ndarray:
     """Flow-DPM-Solver++ 2M as in the paper; returns the final latent in float64."""
     grid = np.linspace(1, 1 / 1000, num_steps + 1)[::-1]
-    sigmas = [shift * (1 - a) / (1 + (shift - 1) * (1 - a)) for a in grid][:-1] + [0.0]
+    sigmas = [*(shift * (1 - a) / (1 + (shift - 1) * (1 - a)) for a in grid[:-1]), 0.0]
     previous_x0 = previous_h = None
     for step in range(num_steps):
         sigma, following = sigmas[step], sigmas[step + 1]
@@ -125,7 +125,9 @@ def test_picture_is_the_paper_s_algorithm(bundle: Path, num_steps: int, guidance
     bound = 32 * num_steps * float(np.finfo(np.float32).eps) * largest
     np.testing.assert_allclose(latents[-1], final, rtol=0, atol=bound)
     levels = np.clip(latents[-1][0, :3] * np.float32(16) + np.float32(128), 0, 255).astype(np.uint8)
-    np.testing.assert_array_equal(picture.pixels, np.kron(levels, np.ones((1, 32, 32), np.uint8)).transpose(1, 2, 0))
+    np.testing.assert_array_equal(
+        picture.pixels, np.kron(levels, np.ones((1, 32, 32), np.uint8)).transpose(1, 2, 0)
+    )
     assert len(np.unique(picture.pixels)) > 10
 
 
@@ -380,10 +382,16 @@ def test_digests_are_of_the_target_s_files_only(bundle: Path) -> None:
     ("change", "message"),
     [
         (lambda manifest: manifest["components"].pop(), "vae_decoder"),
-        (lambda manifest: manifest["components"][1]["engines"].clear(), "no onnxruntime engine of transformer"),
+        (
+            lambda manifest: manifest["components"][1]["engines"].clear(),
+            "no onnxruntime engine of transformer",
+        ),
         (lambda manifest: manifest["files"].pop(), "no digest of vae_decoder.onnx"),
         (lambda manifest: manifest["components"][1]["inputs"].pop(), "other io tensors of transformer"),
-        (lambda manifest: manifest["tokenizer"].update(padded_length=301), "other io tensors of text_encoder"),
+        (
+            lambda manifest: manifest["tokenizer"].update(padded_length=301),
+            "other io tensors of text_encoder",
+        ),
         (lambda manifest: manifest.update(height=96), "other io tensors of transformer"),
         (lambda manifest: manifest["targets"].clear(), "none of the bundle's targets"),
     ],

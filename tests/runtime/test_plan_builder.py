@@ -17,7 +17,7 @@ from sana_runtime import plan_builder
 from sana_runtime.errors import BuildError, InputError, TargetError
 from sana_runtime.plan_builder import PlanProgress, build_plan
 from sana_runtime.plan_worker import Phase
-from sana_runtime.tensorrt_library import TensorrtLibrary, find_tensorrt
+from sana_runtime.tensorrt_library import TensorrtLibrary, examine_tensorrt
 
 # --- A writer of tiny ONNX files: the runtime's tests have no onnx package. ---
 
@@ -70,10 +70,10 @@ def write_onnx(path: Path, *, size: int = 16, op_type: str = "MatMul", external:
 
 @pytest.fixture
 def rtx() -> TensorrtLibrary:
-    try:
-        return find_tensorrt("tensorrt-rtx")
-    except TargetError as error:
-        pytest.skip(" ".join(str(error).split()))
+    last = examine_tensorrt("tensorrt-rtx")[-1]
+    if last.library is None:
+        pytest.skip(f"no TensorRT-RTX builder: {last.reason}")
+    return last.library
 
 
 @pytest.fixture
@@ -318,10 +318,11 @@ def test_streamed_plan_is_the_same_and_needs_less_memory(rtx: TensorrtLibrary, t
     [
         (
             "os.kill(os.getpid(), signal.SIGSEGV)",
-            "crashed\n  received: signal SIGSEGV, before the first phase",
+            "crashed\n  received: SIGSEGV, before the first phase",
         ),
-        ("ctypes.string_at(0)", "signal SIGSEGV"),
-        ("os.abort()", "signal SIGABRT"),
+        ("ctypes.string_at(0)", "received: SIGSEGV"),
+        ("os.abort()", "received: SIGABRT"),
+        ("os.kill(os.getpid(), signal.SIGRTMIN + 1)", "received: signal 35"),
         ("os.kill(os.getpid(), signal.SIGKILL)", "memory is full"),
         ("print('[E] last words', file=sys.stderr); sys.exit(3)", "exit code 3"),
         ("print('[E] last words', file=sys.stderr); sys.exit(3)", "last words"),

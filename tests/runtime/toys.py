@@ -91,7 +91,7 @@ def reseal(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 class RecordingEngine(Engine):
-    """Keeps a copy of all inputs of every call; outputs are counted up from 1 and distinct per call and name."""
+    """Keeps a copy of all inputs of every call; its outputs are distinct per call and name."""
 
     def __init__(self, entry: ComponentEntry, memory: HostMemory) -> None:
         super().__init__(entry)

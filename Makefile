@@ -1,0 +1,39 @@
+# Every target sets up .venv by itself. Only `make` and a Python 3.10 to 3.13 are needed.
+
+# The Python that makes the virtual environment.
+PYTHON3 ?= python3
+# Installed first and alone, so that nothing pulls another build of it.
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+.PHONY: test lint format demo install clean
+
+test: $(INSTALLED)
+	$(PYTHON) -m pytest -m "not gpu"
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+format: $(INSTALLED)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+demo: $(INSTALLED)
+	$(PYTHON) scripts/demo.py
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml runtime/pyproject.toml
+	test -x $(PYTHON) || $(PYTHON3) -m venv $(VENV)
+	$(PYTHON) -m pip install --disable-pip-version-check --quiet "$(TORCH)"
+	$(PYTHON) -m pip install --disable-pip-version-check --quiet -e "./runtime[onnxruntime]" -e ".[dev,rtx-builder]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,113 @@
+"""Build models and append what each stage cost to benchmarks/results/builds.csv.
+
+    python scripts/measure_builds.py random:0.6b random:1.6b
+    python scripts/measure_builds.py random:0.6b --components transformer,vae_decoder --sizes 512x512,768x1344
+
+Every row is a stage of a fresh build: seconds, peak resident memory, size of its files, and the memory bound it is
+held against (twice the largest component's 16-bit weights plus 4 GiB).
+"""
+
+import argparse
+import csv
+import datetime
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from sana_export.build import build
+from sana_export.build_request import BuildRequest
+from sana_export.bundle import read_build_record
+from sana_export.commands.build import ProgressReport
+from sana_export.weights.checkpoint import open_checkpoint
+from sana_runtime.contract import COMPONENTS
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "builds.csv"
+COLUMNS = (
+    "date commit machine model precision height width stage seconds peak_memory_mib memory_bound_mib files_mib "
+    "within_bound versions"
+).split()
+
+
+def measure(model: str, precision: str, height: int, width: int, components: tuple[str, ...], folder: Path) -> list:
+    """Rows of one fresh build."""
+    from rich.console import Console
+
+    output = folder / "bundle"
+    targets = ("tensorrt-rtx", "onnxruntime")
+    request = BuildRequest(model, precision, targets, height, width, output, components=components)  # type: ignore[arg-type]
+    with ProgressReport(Console(highlight=False)) as reporter:
+        manifest = build(request, reporter)
+    checkpoint = open_checkpoint(model)
+    largest = max(sum(t.count for t in checkpoint.weights(name).values()) for name in COMPONENTS)
+    bound = (2 * largest * 2 >> 20) + 4096
+    engines = {f"{e.builder} {e.builder_version}" for c in manifest.components for e in c.engines}
+    shared = {
+        "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
+        "machine": f"{os.cpu_count()} x {_processor()}",
+        "model": model,
+        "precision": precision,
+        "height": height,
+        "width": width,
+        "memory_bound_mib": bound,
+        "versions": "; ".join((f"torch {manifest.created_with['torch']}", *sorted(engines))),
+    }
+    rows = []
+    for stage, record in read_build_record(output).stages.items():
+        peak = int(record.measured["peak_memory_mib"])
+        rows.append(
+            {
+                **shared,
+                "stage": stage,
+                "seconds": record.measured["seconds"],
+                "peak_memory_mib": peak,
+                "files_mib": round(sum(entry.size for entry in record.files) / 2**20, 1),
+                "within_bound": "yes" if peak <= bound else "no",
+            }
+        )
+    shutil.rmtree(output)
+    return rows
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=RESULTS.parent).stdout.strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+")
+    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--sizes", default="1024x1024", help="comma-separated HEIGHTxWIDTH in pixels")
+    parser.add_argument("--components", default=",".join(COMPONENTS))
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
+    arguments = parser.parse_args()
+    new = not RESULTS.exists()
+    for model in arguments.models:
+        for size in arguments.sizes.split(","):
+            height, width = (int(side) for side in size.split("x"))
+            components = tuple(arguments.components.split(","))
+            with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+                rows = measure(model, arguments.precision, height, width, components, Path(folder))
+            RESULTS.parent.mkdir(parents=True, exist_ok=True)
+            with RESULTS.open("a", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS)
+                if new:
+                    writer.writeheader()
+                    new = False
+                writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
