@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sana_export.reference.dc_ae import AutoencoderConfig, Decoder, ImageDecoder, MultiscaleLinearAttention
+from sana_export.reference.dc_ae import AutoencoderConfig, Decoder, EfficientViTBlock, ImageDecoder
 from sana_export.reference.solver_step import ClassifierFreeStep, TrigFlowStep
 from sana_export.reference.text_encoder import TextEncoder, gemma2_config
 from sana_export.reference.transformer import LinearTransformer, TransformerConfig
@@ -43,7 +43,7 @@ def component_dtype(name: ComponentName, precision: PrecisionName) -> tuple[str,
     if precision == "fp16" and name == "text_encoder":
         return "bfloat16", "fp16 asked for: Gemma-2's residual stream overflows fp16, so bf16"
     if precision == "fp16" and name == "vae_decoder":
-        return "float16", "fp16 with attention blocks and norms in fp32: they overflow fp16"
+        return "float16", "fp16 with EfficientViT blocks and norms in fp32: they overflow fp16"
     return DTYPE_OF_PRECISION[precision], ""
 
 
@@ -110,7 +110,7 @@ def in_dtype(module: nn.Module, dtype: str) -> nn.Module:
     islands = {
         id(parameter)
         for child in module.modules()
-        if isinstance(child, MultiscaleLinearAttention) and target == torch.float16
+        if isinstance(child, EfficientViTBlock) and target == torch.float16
         for parameter in child.parameters()
     }
     for parameter in module.parameters():

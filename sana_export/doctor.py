@@ -265,9 +265,9 @@ def check_bundle(bundle: Path) -> tuple[Finding, ...]:
         return (Finding("bundle", "FAIL", f"{error.failed}{received}", error.action),)
     verdicts = examine_targets(manifest)
     runs = any(verdict.usable for verdict in verdicts)
-    size = sum(entry.size for entry in manifest.files) / _GIB
+    size = sum(entry.size for entry in manifest.files) >> 20
     detail = (
-        f"{manifest.model.source}, {manifest.width} x {manifest.height} px, {size:.1f} GiB, all files present"
+        f"{manifest.model.source}, {manifest.width} x {manifest.height} px, {size} MiB, all files present"
     )
     return (
         Finding("bundle", "ok", detail)

@@ -135,12 +135,13 @@ def as_table(result: BenchResult) -> RenderableType:
         f"{result.width} x {result.height} pixels, {result.num_steps} steps, "
         f"{result.runs} runs after {result.warmup} for warm-up",
     ]
-    memory = f"peak memory: host {_mib(result.host_peak_mib)}, device {_mib(result.device_peak_mib)}"
-    return Group(Text("\n".join(lines)), table, Text(memory))
+    return Group(Text("\n".join(lines)), table, Text(_memory(result)))
 
 
-def _mib(value: float | None) -> str:
-    return "not known" if value is None else f"{value:.0f} MiB"
+def _memory(result: BenchResult) -> str:
+    peaks = {"host": result.host_peak_mib, "whole GPU": result.device_peak_mib}
+    known = [f"{name} {value:.0f} MiB" for name, value in peaks.items() if value is not None]
+    return f"peak memory: {', '.join(known) or 'not known'}"
 
 
 def _row(stage: str, timings: list[dict[str, float]]) -> StageRow:

@@ -62,6 +62,7 @@ def _shape(spec: TensorSpec) -> Text:
 
 def _engines(manifest: Manifest) -> Table:
     table = Table("engine of", "target", "built by", "file", "MiB")
+    table.columns[-2].overflow = "fold"
     table.columns[-1].justify = "right"
     for component in manifest.components:
         for engine in component.engines:

@@ -45,10 +45,8 @@ class OnnxRuntimeBackend(Backend):
         else:
             self._device_type = "cpu"
             self.memory = HostMemory()
-            processor = platform.processor() or platform.machine()
-            self.description = (
-                f"CPU ({processor}, {_threads_text(threads)}), ONNX Runtime {ort.__version__} {provider}"
-            )
+            cpu = f"CPU ({_processor()}, {_threads(threads)} threads)"
+            self.description = f"{cpu}, ONNX Runtime {ort.__version__} {provider}"
 
     def _open_cuda(self) -> None:
         from sana_runtime.cuda import CudaMemory
@@ -87,7 +85,7 @@ class OnnxRuntimeBackend(Backend):
                     f"{component.name} ({component.dtype}) cannot run on {self.provider}",
                     received=str(error),
                     expected="a graph whose operators this provider implements",
-                    action="build an fp32 bundle for the CPU: sana-export build MODEL --output DIR --target onnxruntime --precision fp32",
+                    action="sana-export build MODEL --output DIR --target onnxruntime --precision fp32",
                 ) from error
             raise BundleError(
                 f"{path}: ONNX Runtime cannot load this engine",
@@ -133,6 +131,17 @@ def _io(arguments: Sequence[Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
     }
 
 
-def _threads_text(threads: int) -> str:
-    count = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{count} threads"
+def _threads(threads: int) -> int:
+    if threads:
+        return threads
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processor() -> str:
+    """The processor's name; only its architecture where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

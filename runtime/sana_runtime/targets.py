@@ -46,7 +46,7 @@ def choose_target(manifest: Manifest, requested: str | None = None) -> tuple[Tar
         "this machine can run none of the bundle's targets",
         received="; ".join(f"{verdict.target}: {verdict.reason}" for verdict in verdicts) or "no target",
         expected="a machine that can run one of them",
-        action="sana-export build MODEL --output DIR --target onnxruntime --precision fp32 makes one for any CPU",
+        action="for any CPU: sana-export build MODEL --output DIR --target onnxruntime --precision fp32",
     )
 
 
@@ -67,7 +67,7 @@ def _requested(manifest: Manifest, requested: str) -> TargetVerdict:
             f"the bundle has no target '{requested}'",
             received=requested,
             expected="one of " + ", ".join(manifest.targets),
-            action=f"sana-export build MODEL --output DIR --target {requested} makes one that has",
+            action=f"build one that has: sana-export build MODEL --output DIR --target {requested}",
         )
     verdict = _examine(next(target for target in manifest.targets if target == requested), manifest)
     if not verdict.usable:

@@ -73,7 +73,7 @@ class TensorRTBackend(Backend):
             f"{path}: {self._target} {self._trt.__version__} refuses this plan",
             received=received,
             expected=f"a plan built by {entry.builder} {entry.builder_version}, loaded by the same version",
-            action=f"install that version, or rebuild: sana-export build MODEL --output DIR --target {self._target}",
+            action=f"install that version, or: sana-export build MODEL --output DIR --target {self._target}",
         )
 
     def _io(self, engine: Any, mode: Any) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -67,9 +67,21 @@ def documented_commands() -> Iterator[tuple[str, str]]:
     for path in sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "runtime" / "README.md"]):
         for block in FENCE.findall(path.read_text(encoding="utf-8")):
             for line in block.replace("\\\n", " ").splitlines():
-                for command in re.split(r"&&|\|\||;|\|", line.partition(" #")[0].removeprefix("$ ")):
-                    if command.strip() and not command.lstrip().startswith("#"):
-                        yield path.relative_to(ROOT).as_posix(), command.strip()
+                for command in commands_of(line.removeprefix("$ ")):
+                    yield path.relative_to(ROOT).as_posix(), shlex.join(command)
+
+
+def commands_of(line: str) -> list[list[str]]:
+    """The words of each command in one line of shell, without comments and redirections."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    commands: list[list[str]] = [[]]
+    for word in lexer:
+        if {*word} <= {*"();<>|&"}:
+            commands.append([">"] if ">" in word or "<" in word else [])
+        else:
+            commands[-1].append(word)
+    return [command for command in commands if command and command[0] != ">"]
 
 
 COMMANDS = list(dict.fromkeys(documented_commands()))

@@ -239,7 +239,9 @@ def test_interrupt_exits_130_and_leaves_nothing(bundle: Path, tmp_path: Path) ->
     command = [sys.executable, "-m", "sana_runtime.cli", "generate", str(bundle), "a fox", "-o", str(output)]
     slow = tmp_path / "sitecustomize.py"
     slow.write_text(
-        "import sana_runtime.pipeline as pipeline, time\n"
+        "import sana_runtime.pipeline as pipeline, signal, time\n"
+        # A test run in the background hands down an ignored interrupt.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "decode = pipeline.Pipeline.decode\n"
         "def slow(self, latent):\n"
         "    print('decoding', flush=True); time.sleep(60)\n"

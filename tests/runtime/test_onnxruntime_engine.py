@@ -117,7 +117,7 @@ def test_bfloat16_on_the_cpu_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(TargetError) as caught:
         load_bfloat16(tmp_path, "Relu", OnnxRuntimeBackend(threads=1))
     assert "transformer (bfloat16) cannot run on CPUExecutionProvider" in str(caught.value)
-    assert "fp32 bundle" in caught.value.action
+    assert "--precision fp32" in caught.value.action
 
 
 def test_bfloat16_tensors_are_bound_by_their_bits(tmp_path: Path) -> None:

@@ -383,7 +383,7 @@ PROGRESS = (
 )
 
 PARENT_SCRIPT = f'''
-import sys
+import signal, sys
 from pathlib import Path
 from sana_runtime import plan_builder
 from sana_runtime.tensorrt_library import TensorrtLibrary
@@ -394,6 +394,7 @@ events = os.fdopen(int(sys.argv[1]), "wb", buffering=0)
 print(os.getpid(), file=open(sys.argv[3], "w"), flush=True)
 {PROGRESS}
 time.sleep(60)"""
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where pytest runs in the background
 library = TensorrtLibrary("tensorrt-rtx", "vendor", "none", "9.9", "9.9", "a fake")
 plan_builder.find_tensorrt = lambda target: library
 onnx, plan, pid_file = sys.argv[1:]

@@ -1,8 +1,21 @@
-"""`torch.ops.sana.linear_attention`: one op for eager PyTorch, torch.export and the ONNX exporter."""
+"""ReLU linear attention for PyTorch: one op for eager, torch.export and the ONNX exporter, and explicit choices.
+
+`torch.ops.sana.linear_attention` runs the Triton kernels on CUDA tensors where Triton can be imported, and the
+reference everywhere else; its backward follows the same rule. `torch.ops.sana.linear_attention_triton` is the
+Triton path alone, open to torch.compile and AOTInductor (registered by `triton_ops`, imported on first use).
+"""
+
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
+from typing import Any, Literal
 
 import torch
 
-from sana_kernels.linear_attention.reference import linear_attention_reference
+from sana_kernels.linear_attention.reference import linear_attention_backward_reference, linear_attention_reference
+
+Impl = Literal["reference", "triton"]
 
 
 @torch.library.custom_op("sana::linear_attention", mutates_args=())
@@ -17,6 +30,19 @@ def _linear_attention(
     return linear_attention_reference(qkv, norm_q_weight, norm_k_weight, head_dim, eps, norm_eps)
 
 
+@_linear_attention.register_kernel("cuda")
+def _(
+    qkv: torch.Tensor,
+    norm_q_weight: torch.Tensor | None,
+    norm_k_weight: torch.Tensor | None,
+    head_dim: int,
+    eps: float,
+    norm_eps: float,
+) -> torch.Tensor:
+    forward = _triton().forward if has_triton() else linear_attention_reference
+    return forward(qkv, norm_q_weight, norm_k_weight, head_dim, eps, norm_eps)
+
+
 @_linear_attention.register_fake
 def _(
     qkv: torch.Tensor,
@@ -29,6 +55,68 @@ def _(
     return qkv.new_empty((*qkv.shape[:-1], qkv.shape[-1] // 3))
 
 
+@torch.library.custom_op("sana::linear_attention_backward", mutates_args=())
+def _linear_attention_backward(
+    grad: torch.Tensor,
+    qkv: torch.Tensor,
+    norm_q_weight: torch.Tensor | None,
+    norm_k_weight: torch.Tensor | None,
+    head_dim: int,
+    eps: float,
+    norm_eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return linear_attention_backward_reference(
+        grad, qkv, norm_q_weight, norm_k_weight, head_dim, eps, norm_eps
+    )
+
+
+@_linear_attention_backward.register_kernel("cuda")
+def _(
+    grad: torch.Tensor,
+    qkv: torch.Tensor,
+    norm_q_weight: torch.Tensor | None,
+    norm_k_weight: torch.Tensor | None,
+    head_dim: int,
+    eps: float,
+    norm_eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    backward = _triton().backward if has_triton() else linear_attention_backward_reference
+    return backward(grad, qkv, norm_q_weight, norm_k_weight, head_dim, eps, norm_eps)
+
+
+@_linear_attention_backward.register_fake
+def _(
+    grad: torch.Tensor,
+    qkv: torch.Tensor,
+    norm_q_weight: torch.Tensor | None,
+    norm_k_weight: torch.Tensor | None,
+    head_dim: int,
+    eps: float,
+    norm_eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    weights = [qkv.new_empty(0) if w is None else torch.empty_like(w) for w in (norm_q_weight, norm_k_weight)]
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format), *weights
+
+
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    """Keep what the backward op needs: the inputs. It computes the state again."""
+    qkv, norm_q_weight, norm_k_weight, *ctx.numbers = inputs
+    ctx.save_for_backward(qkv, norm_q_weight, norm_k_weight)
+
+
+def gradients(backward: Any, ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """One gradient per argument of the op, computed by `backward`."""
+    qkv, norm_q_weight, norm_k_weight = ctx.saved_tensors
+    grad_qkv, grad_q, grad_k = backward(grad, qkv, norm_q_weight, norm_k_weight, *ctx.numbers)
+    without = norm_q_weight is None
+    return grad_qkv, None if without else grad_q, None if without else grad_k, None, None, None
+
+
+_linear_attention.register_autograd(
+    functools.partial(gradients, _linear_attention_backward), setup_context=setup_context
+)
+
+
 def linear_attention(
     qkv: torch.Tensor,
     norm_q_weight: torch.Tensor | None = None,
@@ -37,12 +125,36 @@ def linear_attention(
     head_dim: int,
     eps: float = 1e-15,
     norm_eps: float = 1e-5,
+    impl: Impl | None = None,
 ) -> torch.Tensor:
     """ReLU linear attention: qkv [B, N, 3C] packed [q | k | v] -> [B, N, C], dtype of `qkv`, fp32 inside.
 
-    `norm_q_weight`, `norm_k_weight` [C] are given together or not at all. Raises ValueError otherwise, and for
-    a channel count that is not three times a multiple of `head_dim`.
+    `norm_q_weight`, `norm_k_weight` [C] are given together or not at all. The result is a new tensor.
+    `impl`: "reference" is eager PyTorch, "triton" the kernels; None takes the kernels for CUDA tensors where
+    Triton is installed, the reference otherwise, and is the one op that torch.export and the ONNX exporter see.
+
+    Raises ValueError for a channel count that is not three times a multiple of `head_dim`, for one norm weight
+    without the other, and for tensors the chosen implementation cannot run; nothing falls back silently.
     """
+    _check(qkv, norm_q_weight, norm_k_weight, head_dim, impl)
+    arguments = (qkv, norm_q_weight, norm_k_weight, head_dim, eps, norm_eps)
+    if impl == "reference":
+        return linear_attention_reference(*arguments)
+    if impl == "triton":
+        _triton().check_support(qkv, head_dim)
+        return _ops().linear_attention_triton(*arguments)
+    return _linear_attention(*arguments)
+
+
+def _check(
+    qkv: torch.Tensor,
+    norm_q_weight: torch.Tensor | None,
+    norm_k_weight: torch.Tensor | None,
+    head_dim: int,
+    impl: str | None,
+) -> None:
+    if impl not in (None, "reference", "triton"):
+        raise ValueError(f"linear_attention: impl must be 'reference', 'triton' or None, got {impl!r}")
     if qkv.ndim != 3 or qkv.shape[-1] % (3 * head_dim):
         raise ValueError(
             f"linear_attention: qkv must be [B, N, 3C] with C a multiple of head_dim={head_dim}, "
@@ -50,4 +162,28 @@ def linear_attention(
         )
     if (norm_q_weight is None) != (norm_k_weight is None):
         raise ValueError("linear_attention: norm_q_weight and norm_k_weight must be given together")
-    return _linear_attention(qkv, norm_q_weight, norm_k_weight, head_dim, eps, norm_eps)
+    for weight in (norm_q_weight, norm_k_weight):
+        if weight is not None and tuple(weight.shape) != (qkv.shape[-1] // 3,):
+            raise ValueError(
+                f"linear_attention: norm weights must be [C] with C={qkv.shape[-1] // 3}, "
+                f"got {tuple(weight.shape)}"
+            )
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed. Whether it can run given tensors, `impl="triton"` says by raising."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def _triton() -> ModuleType:
+    if not has_triton():
+        raise ValueError(
+            "linear_attention: impl='triton' needs the package triton, which is not installed. "
+            "Use impl='reference', or pip install triton."
+        )
+    return importlib.import_module("sana_kernels.linear_attention.triton")
+
+
+def _ops() -> ModuleType:
+    return importlib.import_module("sana_kernels.linear_attention.triton_ops")

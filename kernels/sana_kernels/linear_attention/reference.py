@@ -37,3 +37,53 @@ def linear_attention_reference(
 
 def _split_heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:
     return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)  # [B, heads, N, D]
+
+
+def linear_attention_backward_reference(
+    grad: torch.Tensor,
+    qkv: torch.Tensor,
+    norm_q_weight: torch.Tensor | None,
+    norm_k_weight: torch.Tensor | None,
+    head_dim: int,
+    eps: float,
+    norm_eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of qkv [B, N, 3C] and of both norm weights (empty tensors without them), given grad [B, N, C].
+
+    In the dtypes of what they belong to, fp32 inside. PyTorch's autograd of the forward gives the same.
+    """
+    raw_query, raw_key, value = qkv.chunk(3, dim=-1)
+    pre_query, pre_key = raw_query, raw_key
+    if norm_q_weight is not None and norm_k_weight is not None:
+        pre_query = rms_norm(raw_query, norm_q_weight, norm_eps)
+        pre_key = rms_norm(raw_key, norm_k_weight, norm_eps)
+    tensors = (pre_query.relu(), pre_key.relu(), value, grad)
+    query, key, value, grad = (_split_heads(x.float(), head_dim) for x in tensors)
+    state, key_sum = key.transpose(-1, -2) @ value, key.sum(dim=-2, keepdim=True)
+    denominator = query @ key_sum.transpose(-1, -2) + eps
+    out = (query @ state) / denominator
+    grad_numerator = grad / denominator
+    grad_denominator = -(grad * out).sum(-1, keepdim=True) / denominator
+    grad_query = grad_numerator @ state.transpose(-1, -2) + grad_denominator * key_sum
+    grad_state = query.transpose(-1, -2) @ grad_numerator
+    grad_key_sum = (query * grad_denominator).sum(dim=-2, keepdim=True)
+    grad_key = value @ grad_state.transpose(-1, -2) + grad_key_sum
+    grads = [x.transpose(1, 2).flatten(2) for x in (grad_query, grad_key, key @ grad_state)]
+    grads[0] = grads[0] * (pre_query > 0)
+    grads[1] = grads[1] * (pre_key > 0)
+    grad_weights = [qkv.new_empty(0), qkv.new_empty(0)]
+    if norm_q_weight is not None and norm_k_weight is not None:
+        grads[0], grad_weights[0] = _rms_norm_backward(grads[0], raw_query, norm_q_weight, norm_eps)
+        grads[1], grad_weights[1] = _rms_norm_backward(grads[1], raw_key, norm_k_weight, norm_eps)
+    return torch.cat(grads, dim=-1).to(qkv.dtype), grad_weights[0], grad_weights[1]
+
+
+def _rms_norm_backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of x (fp32) and of weight (its dtype), given the fp32 gradient of `rms_norm(x, weight, eps)`."""
+    scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+    unit = x.float() * scale
+    grad_unit = grad * weight.float()
+    grad_x = scale * (grad_unit - unit * (grad_unit * unit).mean(-1, keepdim=True))
+    return grad_x, (grad * unit).sum(dim=(0, 1)).to(weight.dtype)
