@@ -16,7 +16,7 @@ import onnx
 import sana_kernels
 from sana_export import __version__
 from sana_export.build_request import BuildRequest
-from sana_export.bundle import Staging, StageRecord, open_staging
+from sana_export.bundle import StageRecord, Staging, open_staging
 from sana_export.components import ComponentPlan, empty_module, plan_components
 from sana_export.graph.export import WEIGHTS_FILE, export_component
 from sana_export.graph.opset import OPSET
@@ -78,7 +78,11 @@ class _Build:
         self.reporter.stage_started(name, reuse.reason)
         started, memory = time.monotonic(), PeakMemory()
         files, measured = make()
-        measured = {"seconds": round(time.monotonic() - started, 2), "peak_memory_mib": memory.mib(), **measured}
+        measured = {
+            "seconds": round(time.monotonic() - started, 2),
+            "peak_memory_mib": memory.mib(),
+            **measured,
+        }
         record = self.staging.finish(name, inputs, files, measured)
         self.stages[name] = record
         self.reporter.stage_finished(name, record)
@@ -91,14 +95,14 @@ def build(request: BuildRequest, reporter: Reporter) -> Manifest:
     Raises `SanaError` for every mistake and failure; then the output is as it was before, and finished stages are
     kept for the next run. Returns the manifest of the bundle.
     """
-    libraries = {target: find_tensorrt(target) for target in request.targets if target != "onnxruntime"}
+    libraries: dict[TargetName, TensorrtLibrary] = {
+        target: find_tensorrt(target) for target in request.targets if target != "onnxruntime"
+    }
     checkpoint = open_checkpoint(request.model, variant=request.variant, base=request.base)
     with _full_disk_is_an_error(request.output), open_staging(request.output) as staging:
         run = _Build(request, reporter, checkpoint, libraries, staging)
         tokenizer = _tokenizer_stage(run)
-        plans = plan_components(
-            checkpoint, request.precision, request.height, request.width, tokenizer.padded_length
-        )
+        plans = plan_components(checkpoint, request.precision, request.height, request.width, tokenizer.padded_length)
         plans = tuple(plan for plan in plans if plan.name in request.components)
         _check_space(run, plans)
         entries = tuple(_component_stages(run, plan) for plan in plans)
@@ -125,14 +129,10 @@ def _component_stages(run: _Build, plan: ComponentPlan) -> ComponentEntry:
     if plan.dtype_reason:
         run.reporter.note(f"{plan.name}: {plan.dtype_reason}")
     stage = f"{plan.name}/onnx"
-    digest = run.checkpoint.digest(
-        plan.name, lambda count: run.reporter.stage_progress(stage, 0.0, "hashing weights")
-    )
+    digest = run.checkpoint.digest(plan.name, lambda count: run.reporter.stage_progress(stage, 0.0, "hashing weights"))
     graph = run.stage(stage, _graph_inputs(run, plan, digest), lambda: _export(run, plan))
     engines = tuple(_engine(run, plan, graph, target) for target in run.request.targets)
-    return ComponentEntry(
-        plan.name, plan.dtype, plan.dtype_reason, digest, plan.inputs, plan.outputs, engines
-    )
+    return ComponentEntry(plan.name, plan.dtype, plan.dtype_reason, digest, plan.inputs, plan.outputs, engines)
 
 
 def _graph_inputs(run: _Build, plan: ComponentPlan, digest: str) -> dict[str, str]:
@@ -253,9 +253,7 @@ def _check_space(run: _Build, plans: tuple[ComponentPlan, ...]) -> None:
     for plan in plans:
         width = {"float32": 4}.get(plan.dtype, 2)
         parameters = sum(tensor.count for tensor in run.checkpoint.weights(plan.name).values())
-        present = sum(
-            path.stat().st_size for path in (run.staging.folder / plan.name).glob("*") if path.is_file()
-        )
+        present = sum(path.stat().st_size for path in (run.staging.folder / plan.name).glob("*") if path.is_file())
         needed += max(0, parameters * width * copies - present)
     free = shutil.disk_usage(run.staging.folder).free
     if needed > free:
@@ -273,4 +271,3 @@ def _full_disk_is_an_error(output: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise no_space_or(error, output) from error
-

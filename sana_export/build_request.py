@@ -52,7 +52,10 @@ class BuildRequest:
 def _check_choice(what: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise InputError(
-            f"unknown {what}", received=value, expected=" or ".join(allowed), action=f"choose --{what} from these"
+            f"unknown {what}",
+            received=value,
+            expected=" or ".join(allowed),
+            action=f"choose --{what} from these",
         )
 
 

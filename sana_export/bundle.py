@@ -66,7 +66,11 @@ class Staging:
         return Reuse(record, "same inputs, files intact")
 
     def finish(
-        self, stage: str, inputs: Mapping[str, str], files: list[Path], measured: Mapping[str, float | int | str]
+        self,
+        stage: str,
+        inputs: Mapping[str, str],
+        files: list[Path],
+        measured: Mapping[str, float | int | str],
     ) -> StageRecord:
         """Record a finished stage. `files` lie in the staging folder."""
         record = StageRecord(dict(inputs), tuple(self._entry(path) for path in files), dict(measured))

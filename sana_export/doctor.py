@@ -104,9 +104,7 @@ def check_package(name: str) -> Finding:
     try:
         module = importlib.import_module(name)
     except Exception as error:
-        return Finding(
-            name, "FAIL", f"{type(error).__name__}: {error}", f"pip install '{requirement_of(name)}'"
-        )
+        return Finding(name, "FAIL", f"{type(error).__name__}: {error}", f"pip install '{requirement_of(name)}'")
     version = str(getattr(module, "__version__", "unknown"))
     if numbers(version) < numbers(requirement_of(name).partition(">=")[2]):
         return Finding(name, "FAIL", version, f"pip install '{requirement_of(name)}'")
@@ -139,9 +137,7 @@ def _with_extras(name: str, module: Any, version: str) -> str:
     if name == "torch":
         return f"{version}, CUDA {'available' if module.cuda.is_available() else 'not available'}"
     if name == "onnxruntime":
-        providers = (
-            provider.removesuffix("ExecutionProvider") for provider in module.get_available_providers()
-        )
+        providers = (provider.removesuffix("ExecutionProvider") for provider in module.get_available_providers())
         return f"{version}, providers: {', '.join(providers)}"
     return version
 
@@ -168,9 +164,7 @@ def check_tensorrt() -> tuple[Finding, ...]:
 
 
 def _builder_finding(name: str, candidates: tuple[Candidate, ...], remedy: str) -> Finding:
-    unused = [
-        f"{candidate.name}: {candidate.reason}" for candidate in candidates if candidate.library is None
-    ]
+    unused = [f"{candidate.name}: {candidate.reason}" for candidate in candidates if candidate.library is None]
     chosen = [candidate.reason for candidate in candidates if candidate.library is not None]
     if chosen:
         return Finding(name, "ok", "; not used: ".join(filter(None, (chosen[0], "; ".join(unused)))))
@@ -218,18 +212,14 @@ def check_memory() -> tuple[Finding, ...]:
     """System memory."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        sizes = {
-            name: int(rest.split()[0]) << 10 for name, _, rest in (line.partition(":") for line in lines)
-        }
+        sizes = {name: int(rest.split()[0]) << 10 for name, _, rest in (line.partition(":") for line in lines)}
         free, total = sizes["MemAvailable"] / _GIB, sizes["MemTotal"] / _GIB
     except (OSError, ValueError, KeyError, IndexError):
         return (Finding("system memory", "warn", "this system does not tell", ""),)
     detail = f"{free:.1f} of {total:.1f} GiB free"
     if free >= _ENOUGH_MEMORY_GIB:
         return (Finding("system memory", "ok", detail),)
-    remedy = (
-        f"the released models in bf16 need about {_ENOUGH_MEMORY_GIB} GiB to build: close programs, add swap"
-    )
+    remedy = f"the released models in bf16 need about {_ENOUGH_MEMORY_GIB} GiB to build: close programs, add swap"
     return (Finding("system memory", "warn", detail, remedy),)
 
 
@@ -240,9 +230,7 @@ def check_disk() -> tuple[Finding, ...]:
     detail = f"{free:.1f} GiB free in {folder}"
     if free >= _ENOUGH_DISK_GIB:
         return (Finding("disk", "ok", detail),)
-    remedy = (
-        f"a bundle of a released model in bf16 needs about {_ENOUGH_DISK_GIB} GiB: choose another --output"
-    )
+    remedy = f"a bundle of a released model in bf16 needs about {_ENOUGH_DISK_GIB} GiB: choose another --output"
     return (Finding("disk", "warn", detail, remedy),)
 
 
@@ -266,9 +254,7 @@ def check_bundle(bundle: Path) -> tuple[Finding, ...]:
     verdicts = examine_targets(manifest)
     runs = any(verdict.usable for verdict in verdicts)
     size = sum(entry.size for entry in manifest.files) >> 20
-    detail = (
-        f"{manifest.model.source}, {manifest.width} x {manifest.height} px, {size} MiB, all files present"
-    )
+    detail = f"{manifest.model.source}, {manifest.width} x {manifest.height} px, {size} MiB, all files present"
     return (
         Finding("bundle", "ok", detail)
         if runs

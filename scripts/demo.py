@@ -29,8 +29,7 @@ def main() -> int:
         console.print(f"[yellow]going on without TensorRT-RTX plans[/]\n{error}", markup=True)
     bundle, picture = str(FOLDER / "bundle"), str(FOLDER / "picture.png")
     commands = [
-        ["sana-export", "build", "random:tiny", "--precision", "fp32", *targets]
-        + ["--resolution", "512", "--output", bundle],
+        shlex.split(f"sana-export build random:tiny --precision fp32 --resolution 512 --output {bundle}") + targets,
         ["sana-runtime", "generate", bundle, PROMPT, "--output", picture, "--num-steps", "20", "--seed", "0"],
         ["sana-export", "compare", bundle, "--prompt", PROMPT, "--json", str(FOLDER / "parity.json")],
     ]

@@ -13,8 +13,9 @@ import numpy as np
 import onnx
 import tokenizers
 from onnx import TensorProto, helper, numpy_helper
-from sana_runtime.contract import TensorSpec, text_encoder_io, transformer_io, vae_decoder_io
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from sana_runtime.contract import TensorSpec, text_encoder_io, transformer_io, vae_decoder_io
 
 FIXTURES = Path(__file__).resolve().parents[1] / "tests" / "runtime" / "fixtures"
 SEED = 20260101
@@ -60,9 +61,7 @@ class Graph:
         self.initializers.append(numpy_helper.from_array(array, name))
         return name
 
-    def write(
-        self, name: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], path: Path
-    ) -> None:
+    def write(self, name: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], path: Path) -> None:
         """Check the model and write it."""
         graph = helper.make_graph(
             self.nodes,

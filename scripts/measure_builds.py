@@ -26,10 +26,22 @@ from sana_export.weights.checkpoint import open_checkpoint
 from sana_runtime.contract import COMPONENTS
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "builds.csv"
-COLUMNS = (
-    "date commit machine model precision height width stage seconds peak_memory_mib memory_bound_mib files_mib "
-    "within_bound versions"
-).split()
+COLUMNS = [
+    "date",
+    "commit",
+    "machine",
+    "model",
+    "precision",
+    "height",
+    "width",
+    "stage",
+    "seconds",
+    "peak_memory_mib",
+    "memory_bound_mib",
+    "files_mib",
+    "within_bound",
+    "versions",
+]
 
 
 def measure(model: str, precision: str, height: int, width: int, components: tuple[str, ...], folder: Path) -> list:

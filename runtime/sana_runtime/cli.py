@@ -64,15 +64,12 @@ NumSteps = Annotated[
 GuidanceScale = Annotated[
     float | None,
     typer.Option(
-        help="How strongly to follow the prompt. 1 or less turns classifier-free guidance off. "
-        "Default: the model's.",
+        help="How strongly to follow the prompt. 1 or less turns classifier-free guidance off. Default: the model's.",
         metavar="G",
         show_default=False,
     ),
 ]
-Threads = Annotated[
-    int, typer.Option(help="CPU threads for ONNX Runtime; 0 lets it choose.", metavar="N", min=0)
-]
+Threads = Annotated[int, typer.Option(help="CPU threads for ONNX Runtime; 0 lets it choose.", metavar="N", min=0)]
 Verify = Annotated[
     bool, typer.Option("--verify/--no-verify", help="Check the SHA-256 of every file, not only its size.")
 ]
@@ -97,9 +94,7 @@ def _options(
 @app.command()
 def generate(
     bundle: Bundle,
-    prompt: Annotated[
-        str, typer.Argument(help="What to paint. May be empty.", metavar="PROMPT", show_default=False)
-    ],
+    prompt: Annotated[str, typer.Argument(help="What to paint. May be empty.", metavar="PROMPT", show_default=False)],
     output: Annotated[
         Path,
         typer.Option("--output", "-o", help="PNG file to write.", metavar="FILE", show_default=False),
@@ -161,9 +156,7 @@ def bench(
     bundle: Bundle,
     num_steps: NumSteps = None,
     runs: Annotated[int, typer.Option(help="Measured pictures.", metavar="N", min=1)] = 5,
-    warmup: Annotated[
-        int, typer.Option(help="Pictures before the first measured one.", metavar="N", min=0)
-    ] = 1,
+    warmup: Annotated[int, typer.Option(help="Pictures before the first measured one.", metavar="N", min=0)] = 1,
     target: Target = None,
     threads: Threads = 0,
     json_file: Annotated[
@@ -185,9 +178,7 @@ def bench(
     checked_settings(read_manifest(bundle), "onnxruntime", prompt="", num_steps=num_steps)
     pipeline = _load(bundle, target, threads, verify=False)
     with _progress("pictures", warmup + runs) as advance:
-        result = measure.measure(
-            pipeline, num_steps=num_steps, runs=runs, warmup=warmup, on_picture=lambda: advance(1)
-        )
+        result = measure.measure(pipeline, num_steps=num_steps, runs=runs, warmup=warmup, on_picture=lambda: advance(1))
     if json_file is not None:
         measure.write_json(result, json_file)
     _out().print(measure.as_table(result))
@@ -237,9 +228,7 @@ def _load(bundle: Path, target: str | None, threads: int, verify: bool) -> "Pipe
 
     # Which of the files are hashed depends on the target: the bar ends early if some are not needed.
     with _verifying(read_manifest(bundle).files, verify) as on_bytes:
-        return Pipeline.load(
-            bundle, target, verify=verify, threads=threads, report=_report, on_bytes=on_bytes
-        )
+        return Pipeline.load(bundle, target, verify=verify, threads=threads, report=_report, on_bytes=on_bytes)
 
 
 @contextmanager
@@ -267,9 +256,7 @@ def _print_summary(output: Path, pipeline: "Pipeline", picture: "Picture") -> No
     settings, timings = picture.settings, picture.timings_ms
     stages = ", ".join(f"{name} {ms:.0f} ms" for name, ms in timings.items() if name != "total")
     typer.echo(f"wrote {output}")
-    typer.echo(
-        f"  {settings.width} x {settings.height} pixels, {settings.num_steps} steps, seed {settings.seed}"
-    )
+    typer.echo(f"  {settings.width} x {settings.height} pixels, {settings.num_steps} steps, seed {settings.seed}")
     typer.echo(f"  {timings['total']:.0f} ms: {stages}")
     typer.echo(f"  on {pipeline.backend.description}")
 

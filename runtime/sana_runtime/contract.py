@@ -71,9 +71,7 @@ def transformer_io(
     return tuple(inputs), tuple(TensorSpec(name, "float32", latent) for name in ("next_latent", "x0", "velocity"))
 
 
-def vae_decoder_io(
-    latent_height: int, latent_width: int
-) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+def vae_decoder_io(latent_height: int, latent_width: int) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
     """I/O of `vae_decoder`: latent [1, 32, h, w] fp32 -> image [1, 32h, 32w, 3] uint8."""
     latent = TensorSpec("latent", "float32", (1, LATENT_CHANNELS, latent_height, latent_width))
     image = (1, latent_height * PIXELS_PER_LATENT, latent_width * PIXELS_PER_LATENT, 3)

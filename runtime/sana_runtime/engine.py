@@ -189,9 +189,7 @@ class Backend(ABC):
         """Load one component. Raises `BundleError` or `TargetError`."""
 
 
-def _check_tensors(
-    component: str, kind: str, specs: Sequence[TensorSpec], tensors: Mapping[str, DeviceTensor]
-) -> None:
+def _check_tensors(component: str, kind: str, specs: Sequence[TensorSpec], tensors: Mapping[str, DeviceTensor]) -> None:
     expected = {spec.name: spec for spec in specs}
     if tensors.keys() != expected.keys():
         raise InputError(

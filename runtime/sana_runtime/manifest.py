@@ -180,7 +180,11 @@ def _edited(path: Path, received: str) -> BundleError:
 
 
 def verify_files(
-    bundle: Path, entries: tuple[FileEntry, ...], *, digests: bool, on_bytes: Callable[[int], None] | None = None
+    bundle: Path,
+    entries: tuple[FileEntry, ...],
+    *,
+    digests: bool,
+    on_bytes: Callable[[int], None] | None = None,
 ) -> None:
     """Check that files exist with the recorded sizes and, with `digests`, contents. Raises `BundleError`."""
     for entry in entries:

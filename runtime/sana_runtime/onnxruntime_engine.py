@@ -126,8 +126,7 @@ class OnnxRuntimeEngine(Engine):
 
 def _io(arguments: Sequence[Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {
-        argument.name: (_ORT_TYPES.get(argument.type, argument.type), tuple(argument.shape))
-        for argument in arguments
+        argument.name: (_ORT_TYPES.get(argument.type, argument.type), tuple(argument.shape)) for argument in arguments
     }
 
 

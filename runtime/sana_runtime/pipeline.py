@@ -19,7 +19,7 @@ from sana_runtime.manifest import Manifest, read_manifest, verify_files
 from sana_runtime.request import checked_latent, checked_settings, latent_shape
 from sana_runtime.scheduler import StepTable, step_table
 from sana_runtime.targets import choose_target, open_backend
-from sana_runtime.tokenizer import CaptionTokenizer
+from sana_runtime.tokenizer import CaptionTokenizer, CaptionTokens
 
 Pixels = npt.NDArray[np.uint8]
 Latent = npt.NDArray[np.float32]
@@ -89,12 +89,8 @@ class Pipeline:
             name: backend.load(bundle, manifest.component(name), engine_entry(manifest, name, target))
             for name in ("text_encoder", "transformer", "vae_decoder")
         }
-        self._inputs = {
-            name: self._allocate(engine.component.inputs) for name, engine in self._engines.items()
-        }
-        self._outputs = {
-            name: self._allocate(engine.component.outputs) for name, engine in self._engines.items()
-        }
+        self._inputs = {name: self._allocate(engine.component.inputs) for name, engine in self._engines.items()}
+        self._outputs = {name: self._allocate(engine.component.outputs) for name, engine in self._engines.items()}
         self._negative: tuple[str, Caption] | None = None
 
     @classmethod
@@ -188,9 +184,13 @@ class Pipeline:
                 pixels = self.decode(final_latent)
         return Picture(pixels, settings, timings)
 
+    def tokenize(self, text: str, *, negative: bool = False) -> CaptionTokens:
+        """Tokens of a prompt, or of a negative prompt, which gets no instruction."""
+        return self._tokenizer.encode(text, negative=negative)
+
     def encode_caption(self, text: str, *, negative: bool = False) -> Caption:
-        """Run the text encoder on a prompt, or on a negative prompt, which gets no instruction."""
-        tokens = self._tokenizer.encode(text, negative=negative)
+        """Run the text encoder on a prompt, or on a negative prompt."""
+        tokens = self.tokenize(text, negative=negative)
         inputs, outputs = self._inputs["text_encoder"], self._outputs["text_encoder"]
         self._memory.upload(tokens.caption_tokens, inputs["caption_tokens"])
         self._memory.upload(tokens.caption_mask, inputs["caption_mask"])
@@ -322,7 +322,5 @@ def draw_noise(generator: np.random.Generator, shape: tuple[int, ...]) -> Latent
 
 def _needed(generator: np.random.Generator | None) -> np.random.Generator:
     if generator is None:
-        raise InputError(
-            "this solver adds noise at every step", expected="a generator: seeded_generator(seed)"
-        )
+        raise InputError("this solver adds noise at every step", expected="a generator: seeded_generator(seed)")
     return generator

@@ -141,9 +141,7 @@ def _check_inputs(onnx: Path, workspace_mib: int | None) -> None:
         )
 
 
-def _run_worker(
-    request: BuildRequest, library: TensorrtLibrary, onnx: Path, on_progress: OnProgress | None
-) -> Built:
+def _run_worker(request: BuildRequest, library: TensorrtLibrary, onnx: Path, on_progress: OnProgress | None) -> Built:
     with tempfile.TemporaryFile() as log, _worker(request, library, log) as (child, events):
         last = _follow(child, events, on_progress)
         exit_code = child.wait()
@@ -160,9 +158,7 @@ def _worker(
     read_end, write_end = os.pipe()
     with os.fdopen(read_end, "rb") as events:
         try:
-            command, directory = worker_command(
-                _WORKER_MODULE, str(write_end), msgspec.json.encode(request).decode()
-            )
+            command, directory = worker_command(_WORKER_MODULE, str(write_end), msgspec.json.encode(request).decode())
             child = subprocess.Popen(
                 command,
                 cwd=directory,
@@ -232,9 +228,7 @@ def _failure(
         return _reported_failure(f"{onnx}: {name}", onnx, last, log)
     if exit_code == -signal.SIGKILL:
         memory = f" at {last.peak_memory_mib} MiB" if isinstance(last, Progress) else ""
-        return _out_of_memory(
-            f"{onnx}: {name} was killed{memory}", "SIGKILL, as the kernel sends when memory is full"
-        )
+        return _out_of_memory(f"{onnx}: {name} was killed{memory}", "SIGKILL, as the kernel sends when memory is full")
     end = signal_name(-exit_code) if exit_code < 0 else f"exit code {exit_code}"
     return BuildError(
         f"{onnx}: {name} crashed",

@@ -87,9 +87,7 @@ def checked_latent(manifest: Manifest, latent: npt.ArrayLike) -> npt.NDArray[np.
 
 def _check_seed(seed: object) -> None:
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise InputError(
-            "the seed is wrong", received=seed, expected="a whole number >= 0", action="pass --seed 0"
-        )
+        raise InputError("the seed is wrong", received=seed, expected="a whole number >= 0", action="pass --seed 0")
 
 
 def _check_guidance(guidance_scale: object) -> None:

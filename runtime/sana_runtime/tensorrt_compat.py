@@ -55,9 +55,7 @@ def _stream_function(trt: Any, builder: Any) -> Callable[[Any, Any, Any], bool] 
     return getattr(builder, "build_serialized_network_to_stream", None)
 
 
-def _stream_plan(
-    trt: Any, build: Callable[[Any, Any, Any], bool], network: Any, config: Any, output: BinaryIO
-) -> bool:
+def _stream_plan(trt: Any, build: Callable[[Any, Any, Any], bool], network: Any, config: Any, output: BinaryIO) -> bool:
     class Writer(trt.IStreamWriter):
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)

@@ -49,9 +49,7 @@ class TensorRTBackend(Backend):
             if engine is None:
                 raise self._refused(path, entry, self._diagnosis(plan))
         check_engine_tensors(path, "input", component.inputs, self._io(engine, self._trt.TensorIOMode.INPUT))
-        check_engine_tensors(
-            path, "output", component.outputs, self._io(engine, self._trt.TensorIOMode.OUTPUT)
-        )
+        check_engine_tensors(path, "output", component.outputs, self._io(engine, self._trt.TensorIOMode.OUTPUT))
         context = engine.create_execution_context()
         if context is None:
             raise TargetError(

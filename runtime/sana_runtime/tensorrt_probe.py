@@ -50,9 +50,7 @@ def _version_of(library: str | None) -> str | None:
         return None
     handle = ctypes.CDLL(library)
     try:
-        parts = [
-            getattr(handle, f"getInferLib{part}Version")() for part in ("Major", "Minor", "Patch", "Build")
-        ]
+        parts = [getattr(handle, f"getInferLib{part}Version")() for part in ("Major", "Minor", "Patch", "Build")]
     except AttributeError:  # before TensorRT 10 had them
         return None
     return ".".join(map(str, parts))

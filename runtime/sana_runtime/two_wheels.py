@@ -73,9 +73,7 @@ def library_folder() -> Path:
 def _link_targets() -> dict[str, str]:
     """Link name -> absolute path of the library it points to."""
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
-        raise NotAvailable(
-            f"its wheels exist for Linux x86-64 only, this is {sys.platform} {platform.machine()}"
-        )
+        raise NotAvailable(f"its wheels exist for Linux x86-64 only, this is {sys.platform} {platform.machine()}")
     library = _installed(LIBRARY_WHEEL)
     _installed(BINDINGS_WHEEL)
     targets = {name: str(library.locate_file(file)) for name, file in _LINKS.items()}
@@ -98,8 +96,7 @@ def _installed(wheel: tuple[str, str]) -> metadata.Distribution:
 
 def _is_whole(folder: Path, links: dict[str, str]) -> bool:
     return (folder / _PLUGIN_LIBRARY).is_file() and all(
-        (folder / name).is_symlink() and os.readlink(folder / name) == target
-        for name, target in links.items()
+        (folder / name).is_symlink() and os.readlink(folder / name) == target for name, target in links.items()
     )
 
 

@@ -107,6 +107,5 @@ def _finite(row: "Parity") -> dict[str, Any]:
     from math import isfinite
 
     return {
-        key: None if isinstance(value, float) and not isfinite(value) else value
-        for key, value in asdict(row).items()
+        key: None if isinstance(value, float) and not isfinite(value) else value for key, value in asdict(row).items()
     }

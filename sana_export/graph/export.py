@@ -58,7 +58,10 @@ def to_graph(module: nn.Module, inputs: Sequence[TensorSpec], outputs: Sequence[
 
 def check_io(model: ir.Model, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
     """The graph's inputs and outputs carry the contract's names, dtypes and shapes, in its order."""
-    for kind, values, specs in (("input", model.graph.inputs, inputs), ("output", model.graph.outputs, outputs)):
+    for kind, values, specs in (
+        ("input", model.graph.inputs, inputs),
+        ("output", model.graph.outputs, outputs),
+    ):
         found = [(v.name, v.dtype.numpy().name if v.dtype else None, tuple(v.shape or ())) for v in values]
         wanted = [(spec.name, spec.dtype, spec.shape) for spec in specs]
         assert found == wanted, f"graph {kind}s {found} differ from the contract's {wanted}"

@@ -111,9 +111,7 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
     """What the PyTorch exporter needs to write `torch.ops.sana.linear_attention` as one node."""
     sana = _register_schema()
 
-    def translate(  # noqa: ANN202  (an onnxscript tensor)
-        qkv: Any, norm_q: Any, norm_k: Any, head_dim: int, eps: float, norm_eps: float
-    ):
+    def translate(qkv: Any, norm_q: Any, norm_k: Any, head_dim: int, eps: float, norm_eps: float) -> Any:
         attributes: dict[str, Any] = {"head_dim": head_dim, "eps": eps, **PLUGIN_ATTRIBUTES}
         if norm_q is None:
             return sana.ReluLinearAttention(qkv, **attributes)

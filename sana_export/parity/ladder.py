@@ -114,9 +114,7 @@ class _Reference:
 
     def __init__(self, pipeline: Pipeline, checkpoint: Checkpoint, settings: Settings) -> None:
         manifest = pipeline.manifest
-        plans = plan_components(
-            checkpoint, "fp32", manifest.height, manifest.width, manifest.tokenizer.padded_length
-        )
+        plans = plan_components(checkpoint, "fp32", manifest.height, manifest.width, manifest.tokenizer.padded_length)
         self._plans: dict[ComponentName, ComponentPlan] = {plan.name: plan for plan in plans}
         self._pipeline, self._checkpoint, self._settings = pipeline, checkpoint, settings
         self._embedded = checkpoint.guidance == "embedded"
@@ -145,9 +143,7 @@ class _Reference:
             masks.append(tokens.caption_mask[:, selected])
         return _Captions(np.concatenate(embeds), np.concatenate(masks))
 
-    def denoise(
-        self, module: nn.Module, captions: _Captions, on_progress: OnProgress
-    ) -> list[dict[str, Array]]:
+    def denoise(self, module: nn.Module, captions: _Captions, on_progress: OnProgress) -> list[dict[str, Array]]:
         """Every step's outputs, from the same draws of noise as the candidate."""
         generator = seeded_generator(self._settings.seed)
         shape = self._pipeline.latent_shape

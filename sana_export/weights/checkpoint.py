@@ -6,9 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sana_runtime.contract import GuidanceKind
-from sana_runtime.errors import CheckpointError
-
 from sana_export.weights import key_map
 from sana_export.weights.architecture import (
     REFERENCES_OF,
@@ -24,6 +21,8 @@ from sana_export.weights.architecture import (
 )
 from sana_export.weights.key_map import Shape
 from sana_export.weights.lazy import LazyTensor
+from sana_runtime.contract import GuidanceKind
+from sana_runtime.errors import CheckpointError
 
 # The `--variant` that means: the files without a variant in their names.
 DEFAULT_VARIANT = "default"

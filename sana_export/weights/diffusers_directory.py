@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sana_runtime.errors import CheckpointError
 from tokenizers import Tokenizer
 
 from sana_export.weights import key_map
@@ -31,6 +30,7 @@ from sana_export.weights.stored_files import (
 )
 from sana_export.weights.validation import problems, refuse_problems
 from sana_export.weights.variants import WeightFile, choose_variants, weight_files
+from sana_runtime.errors import CheckpointError
 
 # Pipelines that share Sana's text-to-image components; the guidance kind comes from the transformer's config.
 _PIPELINES = (
@@ -171,9 +171,7 @@ def _no_model_index(folder: Path, source: str) -> CheckpointError:
     if any("svdq" in name.lower() for name in (*names, source)):
         return _not_supported(source, "a 4-bit (SVDQuant) checkpoint")
     if (folder / "checkpoints").is_dir() or any(name.endswith(".pth") for name in names):
-        action = (
-            "this is the official layout: give the .pth file with --base, or the name ending in _diffusers"
-        )
+        action = "this is the official layout: give the .pth file with --base, or the name ending in _diffusers"
     elif "config.json" in names:
         action = "this is one component: give the folder above it"
     return CheckpointError(
@@ -264,9 +262,7 @@ def shard_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise damaged(index, "no weight_map", "a JSON object with weight_map: tensor name -> file name")
     for tensor, shard in weight_map.items():
-        plain = (
-            isinstance(shard, str) and Path(shard).name == shard and "\\" not in shard and "\0" not in shard
-        )
+        plain = isinstance(shard, str) and Path(shard).name == shard and "\\" not in shard and "\0" not in shard
         if not plain or not shard.endswith(".safetensors"):
             raise damaged(index, f"{tensor} -> {shard!r}", "the name of a .safetensors file beside the index")
     return weight_map

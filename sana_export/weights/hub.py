@@ -13,11 +13,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from sana_runtime.errors import CheckpointError
 
 from sana_export.weights.architecture import UpstreamComponent
 from sana_export.weights.diffusers_directory import shard_map
 from sana_export.weights.variants import WeightFile, choose_variants, weight_files
+from sana_runtime.errors import CheckpointError
 
 # The base of the HTTP library's own errors, whichever library this huggingface-hub uses.
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -90,9 +90,7 @@ def _refused(model: str, error: Exception) -> CheckpointError:
         f"Hugging Face does not give {model}",
         received=str(error).splitlines()[0],
         expected="the id of a repository (and revision) you may read",
-        action="accept its licence on its page, then `hf auth login`"
-        if gated
-        else "check the spelling of the id",
+        action="accept its licence on its page, then `hf auth login`" if gated else "check the spelling of the id",
     )
 
 

@@ -172,9 +172,7 @@ def official_shapes(parts: Mapping[str, tuple[str, ...]], upstream: Mapping[str,
     }
 
 
-def split_official(
-    official: Mapping[str, LazyTensor], parts: Mapping[str, tuple[str, ...]]
-) -> dict[str, LazyTensor]:
+def split_official(official: Mapping[str, LazyTensor], parts: Mapping[str, tuple[str, ...]]) -> dict[str, LazyTensor]:
     """The diffusers tensors inside official ones. Shapes must have been checked."""
     upstream = {}
     for name, names in parts.items():

@@ -9,8 +9,6 @@ from typing import Any
 
 import msgspec
 import torch
-from sana_runtime.contract import GuidanceKind
-from sana_runtime.errors import CheckpointError
 
 from sana_export.weights import key_map
 from sana_export.weights.architecture import Config, ReferenceComponent, UpstreamComponent, layout
@@ -19,6 +17,8 @@ from sana_export.weights.lazy import LazyTensor, most_common_dtype
 from sana_export.weights.provenance import find_release, needs_attention_clip
 from sana_export.weights.stored_files import content_digest, damaged, unreadable
 from sana_export.weights.validation import problems, refuse_problems
+from sana_runtime.contract import GuidanceKind
+from sana_runtime.errors import CheckpointError
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 # Heads of the cross-attention cannot be told from shapes: width -> (heads, width of a head).
@@ -77,9 +77,7 @@ def _read_pth(path: Path) -> dict[str, LazyTensor]:
         raise damaged(path, str(error).splitlines()[0][:200], "a file written by torch.save") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
-    if not isinstance(content, Mapping) or not all(
-        isinstance(value, torch.Tensor) for value in content.values()
-    ):
+    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise _not_official(str(path), f"a {type(content).__name__} of other things than tensors")
     return {str(name): _in_memory_map(tensor) for name, tensor in content.items()}
 
@@ -94,9 +92,7 @@ def _transformer_config(source: str, official: Mapping[str, LazyTensor], base: C
         raise _not_official(source, "ControlNet weights")
     for name in _SIZING:
         if name not in official or len(official[name].shape) < 2:
-            raise _not_official(
-                source, f"no {name} among {len(official)} tensors: {', '.join(list(official)[:4])}"
-            )
+            raise _not_official(source, f"no {name} among {len(official)} tensors: {', '.join(list(official)[:4])}")
     guidance: GuidanceKind = "embedded" if _GUIDANCE in official else "classifier_free"
     if guidance != base.guidance:
         raise _base_mismatch(source, f"{base.source}: {base.guidance} guidance", f"{guidance} guidance")
@@ -131,9 +127,7 @@ def _cross_heads(source: str, width: int, base: Checkpoint) -> tuple[int, int]:
     of_base = (config["num_cross_attention_heads"], config["cross_attention_head_dim"])
     heads = _CROSS_HEADS.get(width, of_base)
     if heads[0] * heads[1] != width:
-        raise _base_mismatch(
-            source, f"{base.source}: cross-attention of {of_base[0]} x {of_base[1]}", f"{width} wide"
-        )
+        raise _base_mismatch(source, f"{base.source}: cross-attention of {of_base[0]} x {of_base[1]}", f"{width} wide")
     return heads
 
 

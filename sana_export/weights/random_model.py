@@ -13,13 +13,13 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 import torch
-from sana_runtime.errors import CheckpointError
 
 from sana_export.weights.architecture import UPSTREAM_OF, Config, ReferenceComponent, UpstreamComponent
 from sana_export.weights.checkpoint import Checkpoint, Configs, OnBytes
 from sana_export.weights.key_map import Shape
 from sana_export.weights.lazy import LazyTensor
 from sana_export.weights.tokenizer import tokenizer_json
+from sana_runtime.errors import CheckpointError
 
 # Elements made at once: bounds the float32 copy of a large tensor to 4 MiB.
 _CHUNK = 1 << 20

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sana_runtime.errors import CheckpointError
 
 from sana_export.weights.lazy import LazyTensor
 from sana_export.weights.stored_files import damaged, unreadable
+from sana_runtime.errors import CheckpointError
 
 _PREFIX_BYTES = 8
 # The format's own limit.
@@ -73,9 +73,7 @@ class _Reader:
         try:
             with self._path.open("rb") as file:
                 self._refuse_changed(os.fstat(file.fileno()).st_size)
-                mapped = mmap.mmap(
-                    file.fileno(), before + count, access=mmap.ACCESS_COPY, offset=self._begin - before
-                )
+                mapped = mmap.mmap(file.fileno(), before + count, access=mmap.ACCESS_COPY, offset=self._begin - before)
         except OSError as error:
             raise unreadable(self._path, error) from error
         stored = torch.frombuffer(mapped, dtype=torch.uint8, count=count, offset=before)
@@ -134,9 +132,7 @@ def _slot(path: Path, name: str, fields: object) -> _Slot:
     if not isinstance(shape, list) or not isinstance(offsets, list) or not _sizes([*shape, *offsets]):
         offsets = []
     if len(offsets) != 2:
-        raise damaged(
-            path, f"{name}: {fields}"[:_SHOWN_CHARACTERS], "dtype, shape and data_offsets of a tensor"
-        )
+        raise damaged(path, f"{name}: {fields}"[:_SHOWN_CHARACTERS], "dtype, shape and data_offsets of a tensor")
     if dtype not in DTYPES:
         raise CheckpointError(
             f"{path} holds a tensor in a format that cannot be read",
@@ -148,9 +144,7 @@ def _slot(path: Path, name: str, fields: object) -> _Slot:
 
 
 def _sizes(values: list) -> bool:
-    return all(
-        isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 1 << 63 for item in values
-    )
+    return all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 1 << 63 for item in values)
 
 
 def _lfs_pointer(path: Path) -> CheckpointError:

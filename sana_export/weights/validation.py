@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 
 import torch
-from sana_runtime.errors import CheckpointError
 
 from sana_export.weights.key_map import Shape, dropped
 from sana_export.weights.lazy import LazyTensor
+from sana_runtime.errors import CheckpointError
 
 _SHOWN = 20
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)

@@ -4,10 +4,9 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from sana_runtime.errors import CheckpointError
-
 from sana_export.weights.architecture import UpstreamComponent
 from sana_export.weights.checkpoint import DEFAULT_VARIANT
+from sana_runtime.errors import CheckpointError
 
 STEM: dict[UpstreamComponent, str] = {
     "text_encoder": "model",
@@ -25,9 +24,7 @@ class WeightFile:
     is_index: bool
 
 
-def weight_files(
-    component: UpstreamComponent, names: Collection[str], where: str
-) -> dict[str | None, WeightFile]:
+def weight_files(component: UpstreamComponent, names: Collection[str], where: str) -> dict[str | None, WeightFile]:
     """Variant -> file to open, from the file names of a component's folder. Raises `CheckpointError`."""
     stem = re.escape(STEM[component])
     single = re.compile(rf"{stem}(?:\.(\w+))?\.safetensors")
@@ -59,9 +56,7 @@ def choose_variants(
     wanted = None if requested == DEFAULT_VARIANT else requested
     if not any(wanted in variants for variants in available.values()):
         raise _absent(available, requested, source)
-    return {
-        component: _nearest(variants, wanted, available, source) for component, variants in available.items()
-    }
+    return {component: _nearest(variants, wanted, available, source) for component, variants in available.items()}
 
 
 def _nearest(

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sana_runtime.errors import CheckpointError
-from sana_runtime.files import whole_file
 
 from sana_export.weights.architecture import UPSTREAM_COMPONENTS, Config, UpstreamComponent
 from sana_export.weights.checkpoint import Checkpoint, OnBytes
 from sana_export.weights.lazy import LazyTensor
 from sana_export.weights.safetensors_file import NAMES
 from sana_export.weights.variants import STEM
+from sana_runtime.errors import CheckpointError
+from sana_runtime.files import whole_file
 
 MAX_SHARD_BYTES = 2 << 30
 _ALIGNMENT = 8

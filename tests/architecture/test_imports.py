@@ -30,9 +30,7 @@ print(*imported)
 
 
 def test_every_runtime_module_imports_without_torch_or_onnx() -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", BLOCKED_IMPORTS], capture_output=True, text=True, check=False, cwd=ROOT
-    )
+    run = subprocess.run([sys.executable, "-c", BLOCKED_IMPORTS], capture_output=True, text=True, check=False, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     folder = ROOT / "runtime" / "sana_runtime"
     names = {".".join(path.relative_to(folder.parent).with_suffix("").parts) for path in folder.rglob("*.py")}

@@ -19,8 +19,8 @@ import pytest
 import sana_export.build
 from sana_export.build import build
 from sana_export.build_request import BuildRequest
-from sana_export.graph.export import WEIGHTS_FILE, ExportReport
 from sana_export.bundle import RECORD_NAME, open_staging, read_build_record
+from sana_export.graph.export import WEIGHTS_FILE, ExportReport
 from sana_runtime.errors import BuildError, BundleError, CheckpointError, InputError, SanaError, TargetError
 from sana_runtime.manifest import read_manifest, verify_files
 from sana_runtime.pipeline import Pipeline
@@ -30,7 +30,13 @@ STAGES = {"tokenizer", "text_encoder/onnx", "transformer/onnx", "vae_decoder/onn
 
 
 def small_export(
-    module: object, weights: object, prefix: str, inputs: object, outputs: object, path: Path, on_weight: object
+    module: object,
+    weights: object,
+    prefix: str,
+    inputs: object,
+    outputs: object,
+    path: Path,
+    on_weight: object,
 ) -> ExportReport:
     """Stands in for the exporter, which other tests run: these are about stages, files and failures."""
     onnx.save(onnx.parser.parse_model(_IDENTITY), path)

@@ -125,9 +125,7 @@ def test_a_folder_that_is_no_bundle_fails(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("status", "code"), [("ok", 0), ("warn", 0), ("FAIL", 1)])
-def test_exit_code_and_json(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: doctor.Status, code: int
-) -> None:
+def test_exit_code_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: doctor.Status, code: int) -> None:
     monkeypatch.setattr(doctor, "examine_machine", lambda: [Finding("thing", status, "it is", "do that")])
     app = typer.Typer()
     app.command()(command.run)

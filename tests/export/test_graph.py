@@ -83,24 +83,24 @@ def compare_with_reference(path: Path, plan: ComponentPlan, checkpoint: Checkpoi
 
 
 @pytest.mark.parametrize("model", VARIANTS)
-def test_transformer_in_onnxruntime_equals_the_reference(exported, model: str) -> None:  # noqa: ANN001
+def test_transformer_in_onnxruntime_equals_the_reference(exported, model: str) -> None:
     path, _, plan, checkpoint = exported(model, "transformer", "fp32")
     compare_with_reference(path, plan, checkpoint, TOLERANCE["fp32"])
 
 
 @pytest.mark.parametrize("name", ["text_encoder", "vae_decoder"])
-def test_component_in_onnxruntime_equals_the_reference(exported, name: ComponentName) -> None:  # noqa: ANN001
+def test_component_in_onnxruntime_equals_the_reference(exported, name: ComponentName) -> None:
     path, _, plan, checkpoint = exported("random:tiny", name, "fp32")
     compare_with_reference(path, plan, checkpoint, TOLERANCE["fp32"])
 
 
-def test_fp16_decoder_in_onnxruntime_equals_the_reference(exported) -> None:  # noqa: ANN001
+def test_fp16_decoder_in_onnxruntime_equals_the_reference(exported) -> None:
     path, _, plan, checkpoint = exported("random:tiny", "vae_decoder", "fp16")
     compare_with_reference(path, plan, checkpoint, TOLERANCE["fp16"])
 
 
 @pytest.mark.parametrize(("model", "inputs"), [("random:tiny", 1), ("random:tiny-qknorm", 3)])
-def test_linear_attention_is_a_plugin_node_and_a_function(exported, model: str, inputs: int) -> None:  # noqa: ANN001
+def test_linear_attention_is_a_plugin_node_and_a_function(exported, model: str, inputs: int) -> None:
     path, report, _, checkpoint = exported(model, "transformer", "fp32")
     graph = onnx.load(path, load_external_data=False)
     nodes = [node for node in graph.graph.node if (node.domain, node.op_type) == (DOMAIN, OP_TYPE)]
@@ -115,7 +115,7 @@ def test_linear_attention_is_a_plugin_node_and_a_function(exported, model: str, 
     assert [(f.domain, f.name, len(f.input)) for f in graph.functions] == [(DOMAIN, OP_TYPE, inputs)]
 
 
-def test_every_linear_reads_its_weight_untransposed(exported) -> None:  # noqa: ANN001
+def test_every_linear_reads_its_weight_untransposed(exported) -> None:
     path, report, _, _ = exported("random:tiny", "transformer", "fp32")
     graph = onnx.load(path, load_external_data=False).graph
     initializers = {tensor.name for tensor in graph.initializer}
@@ -125,7 +125,7 @@ def test_every_linear_reads_its_weight_untransposed(exported) -> None:  # noqa: 
     assert report.passes["transpose_weights"] == 4 + 2 * 7
 
 
-def test_graph_holds_the_whole_solver_step(exported) -> None:  # noqa: ANN001
+def test_graph_holds_the_whole_solver_step(exported) -> None:
     path, _, plan, _ = exported("random:tiny", "transformer", "fp32")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     values = {name: tensor.numpy() for name, tensor in feeds(plan).items()}
@@ -140,7 +140,7 @@ def test_graph_holds_the_whole_solver_step(exported) -> None:  # noqa: ANN001
     np.testing.assert_allclose(middle, (strong + weak) / 2, atol=2e-5)
 
 
-def test_fp16_islands_of_the_decoder(exported) -> None:  # noqa: ANN001
+def test_fp16_islands_of_the_decoder(exported) -> None:
     path, _, _, _ = exported("random:tiny", "vae_decoder", "fp16")
     types = {
         tensor.name: onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).name
@@ -186,7 +186,7 @@ def test_attention_clip_is_in_the_graph(tmp_path: Path, monkeypatch: pytest.Monk
     assert counts[True] >= checkpoint.transformer_config["num_layers"]
 
 
-def test_exporting_twice_gives_the_same_files(exported, tmp_path: Path) -> None:  # noqa: ANN001
+def test_exporting_twice_gives_the_same_files(exported, tmp_path: Path) -> None:
     path, _, plan, checkpoint = exported("random:tiny", "transformer", "fp32")
     again = tmp_path / "model.onnx"
     weights = checkpoint.weights("transformer")
@@ -207,7 +207,9 @@ def test_exporting_twice_gives_the_same_files(exported, tmp_path: Path) -> None:
     ],
     ids=["text_encoder", "transformer", "sprint", "vae_decoder"],
 )
-def test_tensorrt_rtx_builds(exported, tmp_path: Path, model: str, name: ComponentName, precision: PrecisionName) -> None:  # noqa: ANN001
+def test_tensorrt_rtx_builds(
+    exported, tmp_path: Path, model: str, name: ComponentName, precision: PrecisionName
+) -> None:
     path, _, _, _ = exported(model, name, precision)
     result = build_plan(path, tmp_path / "plan", "tensorrt-rtx")
     assert result.size == (tmp_path / "plan").stat().st_size > path.with_name("model.onnx.data").stat().st_size

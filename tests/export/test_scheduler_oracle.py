@@ -11,6 +11,7 @@ from diffusers.schedulers import (
     scheduling_flow_match_euler_discrete,
     scheduling_scm,
 )
+
 from sana_runtime.manifest import SchedulerEntry
 from sana_runtime.scheduler import StepTable, step_table
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import SanaPipeline
+from transformers import PreTrainedTokenizerFast
+
 from sana_runtime.manifest import TokenizerEntry
 from sana_runtime.tokenizer import CaptionTokenizer
-from transformers import PreTrainedTokenizerFast
 
 FIXTURES = Path(__file__).parents[1] / "runtime" / "fixtures"
 INSTRUCTION = ["draw this", "a red fox : "]
@@ -26,9 +27,7 @@ class PositionEncoder:
         return (torch.stack([tokens, position], dim=-1).double(),)
 
 
-def encode_with_diffusers(
-    prompt: str, negative: str, instruction: list[str] | None
-) -> tuple[list[np.ndarray], int]:
+def encode_with_diffusers(prompt: str, negative: str, instruction: list[str] | None) -> tuple[list[np.ndarray], int]:
     """encode_prompt's positive rows, mask, negative rows, mask; and the instruction's token count."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(FIXTURES / "tokenizer.json"), pad_token="<pad>", bos_token="<bos>"
@@ -48,9 +47,7 @@ def encode_with_diffusers(
     return [tensor.numpy()[0] for tensor in encoded], count
 
 
-def encode_with_runtime(
-    text: str, *, negative: bool, instruction: str, count: int
-) -> tuple[np.ndarray, np.ndarray]:
+def encode_with_runtime(text: str, *, negative: bool, instruction: str, count: int) -> tuple[np.ndarray, np.ndarray]:
     padded_length = max(300, count + 298)
     entry = TokenizerEntry("tokenizer.json", instruction, count, padded_length, 0)
     encoded = CaptionTokenizer(FIXTURES, entry).encode(text, negative=negative)

@@ -13,12 +13,12 @@ import pytest
 import torch
 from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
 from safetensors.torch import load_file, save_file
-from sana_runtime.errors import CheckpointError
 from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma2Model, PreTrainedTokenizerFast
 
 from sana_export.weights.checkpoint import Checkpoint, open_checkpoint
 from sana_export.weights.safetensors_file import open_safetensors
 from sana_export.weights.tokenizer import tokenizer_json
+from sana_runtime.errors import CheckpointError
 
 TRANSFORMER = "diffusion_pytorch_model.safetensors"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
@@ -174,8 +174,7 @@ def test_loading_touches_only_what_is_loaded(tmp_path: Path) -> None:
 
 def test_unaligned_and_empty_tensors_are_read(tmp_path: Path) -> None:
     header = (
-        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
-        b'"b":{"dtype":"F32","shape":[0,3],"data_offsets":[8,8]}}'
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[0,3],"data_offsets":[8,8]}}'
     )
     header += b" " * (1 + -len(header) % 8)
     path = tmp_path / "unaligned.safetensors"
@@ -225,9 +224,7 @@ def test_a_truncated_shard_is_named(pipeline: SanaPipeline, tmp_path: Path) -> N
 def test_random_damage_is_refused_or_harmless(folder: Path, tmp_path: Path) -> None:
     content = (folder / "transformer" / TRANSFORMER).read_bytes()
     header_end = 8 + struct.unpack("<Q", content[:8])[0]
-    expected = {
-        name: tensor.shape for name, tensor in open_safetensors(folder / "transformer" / TRANSFORMER).items()
-    }
+    expected = {name: tensor.shape for name, tensor in open_safetensors(folder / "transformer" / TRANSFORMER).items()}
     chance = random.Random(0)
     refused = 0
     for trial in range(300):
@@ -407,9 +404,7 @@ def test_a_missing_component_is_named(folder: Path) -> None:
         ("transformer/config.json", {"cross_attention_head_dim": 8}, "cross-attention"),
     ],
 )
-def test_another_model_is_refused_by_name(
-    folder: Path, file: str, changes: dict[str, Any], expected: str
-) -> None:
+def test_another_model_is_refused_by_name(folder: Path, file: str, changes: dict[str, Any], expected: str) -> None:
     edit_json(folder / file, **changes)
     assert expected in refusal(folder)
 
@@ -487,9 +482,7 @@ def test_digests_follow_content_and_are_computed_once(folder: Path) -> None:
     checkpoint = open_checkpoint(str(folder))
     sizes: list[int] = []
     before = checkpoint.digest("transformer", sizes.append)
-    assert sum(sizes) == sum(
-        (folder / "transformer" / name).stat().st_size for name in ("config.json", TRANSFORMER)
-    )
+    assert sum(sizes) == sum((folder / "transformer" / name).stat().st_size for name in ("config.json", TRANSFORMER))
     sizes.clear()
     assert checkpoint.digest("transformer", sizes.append) == before
     assert not sizes

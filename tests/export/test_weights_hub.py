@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled
-from sana_runtime.errors import CheckpointError
 
 from sana_export.weights import hub
 from sana_export.weights.checkpoint import open_checkpoint
 from sana_export.weights.write import write_diffusers_directory
+from sana_runtime.errors import CheckpointError
 
 MODEL = "example/Sana_1600M_1024px_BF16_diffusers"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -27,9 +27,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_diffusers_directory(open_checkpoint("random:tiny"), path, max_shard_bytes=300_000)
     half = path.parent / "half"
     write_diffusers_directory(open_checkpoint("random:tiny"), half)
-    shutil.copy(
-        half / "transformer" / WEIGHTS, path / "transformer" / "diffusion_pytorch_model.fp16.safetensors"
-    )
+    shutil.copy(half / "transformer" / WEIGHTS, path / "transformer" / "diffusion_pytorch_model.fp16.safetensors")
     (path / "README.md").write_text("unneeded")
     (path / "asset.png").write_bytes(b"unneeded")
     return path
@@ -133,9 +131,7 @@ def fake_hub(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_only_the_chosen_files_are_downloaded(fake_hub: FakeHub, variant: str) -> None:
     checkpoint = open_checkpoint(MODEL, variant=variant)
     assert checkpoint.variant == (None if variant == "default" else variant)
-    transformer = {
-        name for name in fake_hub.served if name.startswith("transformer/") and name.endswith("ors")
-    }
+    transformer = {name for name in fake_hub.served if name.startswith("transformer/") and name.endswith("ors")}
     if variant == "fp16":
         assert transformer == {"transformer/diffusion_pytorch_model.fp16.safetensors"}
     else:
@@ -153,9 +149,7 @@ def test_a_question_about_variants_is_asked_before_the_download(fake_hub: FakeHu
 
 def test_a_base_is_downloaded_without_its_transformer(fake_hub: FakeHub) -> None:
     hub.download(MODEL, None, ("text_encoder", "vae"))
-    assert not any(
-        name.startswith("transformer/") and name.endswith(".safetensors") for name in fake_hub.served
-    )
+    assert not any(name.startswith("transformer/") and name.endswith(".safetensors") for name in fake_hub.served)
     assert any(name.startswith("vae/") and name.endswith(".safetensors") for name in fake_hub.served)
 
 
@@ -179,9 +173,7 @@ def test_a_full_disk_during_the_download_is_named(monkeypatch: pytest.MonkeyPatc
         open_checkpoint(MODEL)
 
 
-def test_an_official_repository_points_at_the_other_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_official_repository_points_at_the_other_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / COMMIT
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "checkpoints" / "Sana.pth").write_bytes(b"")

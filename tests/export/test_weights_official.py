@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_sana_transformer_to_diffusers
-from sana_runtime.errors import CheckpointError
 
 from sana_export.weights.architecture import layout
 from sana_export.weights.checkpoint import Checkpoint, open_checkpoint
 from sana_export.weights.key_map import official_parts
 from sana_export.weights.write import write_diffusers_directory
+from sana_runtime.errors import CheckpointError
 
 StateDict = dict[str, Any]
 
@@ -113,10 +113,7 @@ def test_the_base_needs_no_transformer_weights(state: StateDict, tmp_path: Path)
     write_diffusers_directory(open_checkpoint("random:tiny"), base)
     (base / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     checkpoint = open_checkpoint(str(saved(state, tmp_path / "a.pth")), base=str(base))
-    assert (
-        checkpoint.weights("transformer").keys()
-        == open_checkpoint("random:tiny").weights("transformer").keys()
-    )
+    assert checkpoint.weights("transformer").keys() == open_checkpoint("random:tiny").weights("transformer").keys()
 
 
 def test_the_base_must_have_the_same_guidance(state: StateDict, tmp_path: Path) -> None:
@@ -184,9 +181,7 @@ def test_a_truncated_file_is_refused(state: StateDict, tmp_path: Path, keep: int
     assert str(path) in refusal(path)
 
 
-def test_a_file_larger_than_memory_is_named(
-    state: StateDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_larger_than_memory_is_named(state: StateDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("unable to mmap 68719476736 bytes from file <a.pth>: Cannot allocate memory (12)")
 

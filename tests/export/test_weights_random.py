@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from sana_runtime.errors import CheckpointError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from sana_export.weights.checkpoint import open_checkpoint
 from sana_export.weights.random_model import RandomCheckpoint, random_model_names
 from sana_export.weights.tokenizer import VOCABULARY_SIZE, tokenizer_json
+from sana_runtime.errors import CheckpointError
 from tests.export.oracles import upstream_autoencoder, upstream_text_encoder, upstream_transformer
 
 FINGERPRINT = """
@@ -87,9 +87,7 @@ def test_resolutions_have_their_position_embedding_and_shift() -> None:
     assert list(facts.values()) == [(32, None, 3.0), (64, 1.0, 3.0), (128, 2.0, 6.0), (32, None, None)]
 
 
-@pytest.mark.parametrize(
-    "model", ["random:tiny", "random:tiny-qknorm", "random:tiny-sprint", "random:tiny-4k"]
-)
+@pytest.mark.parametrize("model", ["random:tiny", "random:tiny-qknorm", "random:tiny-sprint", "random:tiny-4k"])
 @torch.no_grad()
 def test_activations_stay_near_unit_scale(model: str) -> None:
     checkpoint = open_checkpoint(model)

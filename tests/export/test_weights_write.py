@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from sana_runtime.errors import CheckpointError
 from tokenizers import Tokenizer
 
 from sana_export.weights.checkpoint import open_checkpoint
 from sana_export.weights.lazy import LazyTensor
 from sana_export.weights.safetensors_file import open_safetensors
 from sana_export.weights.write import write_diffusers_directory, write_safetensors
+from sana_runtime.errors import CheckpointError
 
 VARIANTS = ["random:tiny", "random:tiny-qknorm", "random:tiny-sprint", "random:tiny-4k"]
 
@@ -154,6 +154,4 @@ def test_writing_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
     command = [sys.executable, "-c", STREAMED, str(tmp_path / "large.safetensors")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     tensor_mib = 32
-    assert int(done.stdout) < 4 * tensor_mib, (
-        f"peak memory rose by {done.stdout.strip()} MiB for 384 MiB written"
-    )
+    assert int(done.stdout) < 4 * tensor_mib, f"peak memory rose by {done.stdout.strip()} MiB for 384 MiB written"

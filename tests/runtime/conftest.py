@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from sana_runtime.files import sha256_file
 from sana_runtime.manifest import FileEntry
-
 from tests.runtime.toys import FIXTURES, toy_manifest
 
 MakeBundle = Callable[..., Path]

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from sana_runtime.cli import app
-from sana_runtime.pipeline import Pipeline, draw_noise, seeded_generator
 from typer.testing import CliRunner
 
+from sana_runtime.cli import app
+from sana_runtime.pipeline import Pipeline, draw_noise, seeded_generator
 from tests.runtime.conftest import MakeBundle
 from tests.runtime.toys import LATENT_SHAPE, edit_manifest
 
@@ -101,9 +101,7 @@ def test_unwritable_directory(bundle: Path, tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_wrong_flags_end_without_a_file(
-    bundle: Path, tmp_path: Path, arguments: list[object], said: str
-) -> None:
+def test_wrong_flags_end_without_a_file(bundle: Path, tmp_path: Path, arguments: list[object], said: str) -> None:
     output = tmp_path / "fox.png"
     assert said in refused("generate", bundle, "a fox", "-o", output, *arguments)
     assert not output.exists()

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
+
 from sana_runtime.contract import TensorSpec
 from sana_runtime.cuda import CudaGraph, CudaMemory, compute_capability, cuda_problem
 from sana_runtime.engine import host_dtype
 from sana_runtime.errors import TargetError
 from sana_runtime.tensorrt_engine import TensorRTEngine
-
 from tests.runtime.toys import toy_manifest
 
 pytestmark = pytest.mark.gpu

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+
 from sana_runtime.contract import TensorSpec
 from sana_runtime.engine import DeviceTensor, HostMemory, host_dtype
 from sana_runtime.errors import BundleError, InputError
-
 from tests.runtime.toys import RecordingEngine, toy_manifest
 
 ROWS = TensorSpec("caption_embeds", "float32", (1, 5, 4))

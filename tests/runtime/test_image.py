@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
 from sana_runtime import image as image_module
 from sana_runtime.errors import InputError
 from sana_runtime.image import Picture, Settings
@@ -13,9 +14,7 @@ from sana_runtime.image import Picture, Settings
 
 def picture(prompt: str = "a fox") -> Picture:
     pixels = np.random.default_rng(1).integers(0, 256, (64, 96, 3), dtype=np.uint8)
-    settings = Settings(
-        prompt, "blurry", 3, 20, 4.5, 64, 96, None, "toy/sana", "d" * 64, "onnxruntime", "0.1.0"
-    )
+    settings = Settings(prompt, "blurry", 3, 20, 4.5, 64, 96, None, "toy/sana", "d" * 64, "onnxruntime", "0.1.0")
     return Picture(pixels, settings, {"total": 1.0})
 
 
@@ -31,9 +30,7 @@ def test_pixels_and_settings_survive(tmp_path: Path, prompt: str) -> None:
     assert stored["prompt"] == prompt
     assert stored["seed"] == 3
     assert stored["bundle_digest"] == "d" * 64
-    assert text["parameters"].startswith(
-        prompt + "\nNegative prompt: blurry\nSteps: 20, CFG scale: 4.5, Seed: 3"
-    )
+    assert text["parameters"].startswith(prompt + "\nNegative prompt: blurry\nSteps: 20, CFG scale: 4.5, Seed: 3")
     assert "Size: 96x64" in text["parameters"]
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+
 from sana_runtime.cuda import cuda_problem
 from sana_runtime.onnxruntime_engine import CUDA_PROVIDER, OnnxRuntimeBackend
 from sana_runtime.pipeline import Pipeline
-
 from tests.runtime.conftest import MakeBundle
 from tests.runtime.test_onnxruntime_engine import load_bfloat16
 from tests.runtime.toys import toy_manifest
@@ -35,9 +35,7 @@ def test_cuda_paints_the_picture_of_the_cpu(make_bundle: MakeBundle, guidance: s
     for name, pipeline in (("cuda", on_cuda), ("cpu", on_cpu)):
         for _ in range(2):
             latents[name].clear()
-            pipeline.generate(
-                "a fox", seed=2, on_step=lambda step, name=name: latents[name].append(step.next_latent)
-            )
+            pipeline.generate("a fox", seed=2, on_step=lambda step, name=name: latents[name].append(step.next_latent))
     assert len(latents["cuda"]) == len(latents["cpu"]) > 1
     # TF32 matrix products keep 10 bits; the caption goes through one of inner dimension 8.
     np.testing.assert_allclose(latents["cuda"], latents["cpu"], rtol=0, atol=2**-10 * 8 * 4.5)

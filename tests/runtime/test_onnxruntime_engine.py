@@ -6,11 +6,11 @@ import msgspec
 import numpy as np
 import onnxruntime
 import pytest
+
 from sana_runtime.contract import TensorSpec
 from sana_runtime.engine import Engine
 from sana_runtime.errors import BundleError, TargetError
 from sana_runtime.onnxruntime_engine import OnnxRuntimeBackend
-
 from tests.runtime.toys import FIXTURES, toy_manifest
 
 

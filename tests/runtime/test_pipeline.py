@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+
 from sana_runtime.contract import TensorSpec
 from sana_runtime.errors import BundleError, InputError, TargetError
 from sana_runtime.manifest import SchedulerEntry
 from sana_runtime.pipeline import Caption, Pipeline, Step, draw_noise, seeded_generator
-
 from tests.runtime.conftest import MakeBundle
 from tests.runtime.toys import (
     CHANNELS,
@@ -125,9 +125,7 @@ def test_picture_is_the_paper_s_algorithm(bundle: Path, num_steps: int, guidance
     bound = 32 * num_steps * float(np.finfo(np.float32).eps) * largest
     np.testing.assert_allclose(latents[-1], final, rtol=0, atol=bound)
     levels = np.clip(latents[-1][0, :3] * np.float32(16) + np.float32(128), 0, 255).astype(np.uint8)
-    np.testing.assert_array_equal(
-        picture.pixels, np.kron(levels, np.ones((1, 32, 32), np.uint8)).transpose(1, 2, 0)
-    )
+    np.testing.assert_array_equal(picture.pixels, np.kron(levels, np.ones((1, 32, 32), np.uint8)).transpose(1, 2, 0))
     assert len(np.unique(picture.pixels)) > 10
 
 
@@ -200,9 +198,7 @@ def test_scalars_of_every_step_and_the_carried_tensors() -> None:
         np.testing.assert_array_equal(after["previous_x0"], before["x0"])
     assert {float(call["guidance_scale"]) for call in engine.calls} == {3.5}
     np.testing.assert_allclose([call["step_coefficients"].sum() for call in engine.calls], 1, atol=1e-6)
-    np.testing.assert_array_equal(
-        backend.engines["vae_decoder"].calls[0]["latent"], engine.written[-1]["next_latent"]
-    )
+    np.testing.assert_array_equal(backend.engines["vae_decoder"].calls[0]["latent"], engine.written[-1]["next_latent"])
 
 
 def test_guidance_of_one_or_less_is_conditional_only() -> None:

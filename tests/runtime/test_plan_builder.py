@@ -217,9 +217,7 @@ def test_cancel_stops_the_compiler(onnx: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("number", "message"), [(signal.SIGKILL, "memory is full"), (signal.SIGSEGV, "SIGSEGV, in phase")]
 )
-def test_killed_compiler_is_one_error(
-    onnx: Path, tmp_path: Path, number: signal.Signals, message: str
-) -> None:
+def test_killed_compiler_is_one_error(onnx: Path, tmp_path: Path, number: signal.Signals, message: str) -> None:
     def kill(progress: PlanProgress) -> None:
         os.kill(child_pids()[0], number)
 
@@ -378,9 +376,7 @@ def test_a_worker_that_ignores_cancel_is_killed(
     assert time.monotonic() - started < 30
 
 
-PROGRESS = (
-    'events.write(b\'{"type":"progress","phases":[{"name":"p","step":0,"steps":1}],"peak_memory_mib":1}\\n\')'
-)
+PROGRESS = 'events.write(b\'{"type":"progress","phases":[{"name":"p","step":0,"steps":1}],"peak_memory_mib":1}\\n\')'
 
 PARENT_SCRIPT = f'''
 import signal, sys

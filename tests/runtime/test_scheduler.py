@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from sana_runtime.errors import InputError
 from sana_runtime.manifest import SchedulerEntry
 from sana_runtime.scheduler import step_table
@@ -46,9 +47,7 @@ def entry(kind: str, shift: float = 3.0) -> SchedulerEntry:
     ],
     ids=["4/3", "8/3", "14/3", "20/6"],
 )
-def test_flow_dpm_timesteps_are_the_published_ones(
-    num_steps: int, shift: float, timesteps: list[int]
-) -> None:
+def test_flow_dpm_timesteps_are_the_published_ones(num_steps: int, shift: float, timesteps: list[int]) -> None:
     table = step_table(entry("flow_dpm_solver", shift), num_steps)
     assert table.timesteps.tolist() == timesteps
 
@@ -65,9 +64,7 @@ def test_flow_dpm_coefficients_are_the_published_ones() -> None:
     # The published numbers come from an fp32 solver, whose 1 - sigma loses up to eps at the first step.
     for step, expected in published.items():
         np.testing.assert_allclose(table.coefficients[step], expected, rtol=0, atol=1.2e-7)
-    np.testing.assert_allclose(
-        table.sigmas[[0, 1, 19, 20]], [0.99966645, 0.98241949, 0.13623966, 0], atol=1e-8
-    )
+    np.testing.assert_allclose(table.sigmas[[0, 1, 19, 20]], [0.99966645, 0.98241949, 0.13623966, 0], atol=1e-8)
 
 
 def test_flow_euler_timesteps_are_the_published_ones() -> None:

@@ -7,10 +7,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
 from sana_runtime import cuda, targets
 from sana_runtime.errors import TargetError
 from sana_runtime.targets import choose_target, examine_targets, rtx_supports
-
 from tests.runtime.toys import toy_manifest
 
 

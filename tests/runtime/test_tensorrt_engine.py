@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from sana_runtime import tensorrt_engine
 from sana_runtime.engine import DeviceTensor, HostMemory
 from sana_runtime.errors import BundleError, TargetError
 from sana_runtime.manifest import ComponentEntry
 from sana_runtime.tensorrt_engine import TensorRTBackend, TensorRTEngine
-
 from tests.runtime.toys import toy_manifest
 
 DTYPE_NAMES = {"float32": "FLOAT", "int64": "INT64", "uint8": "UINT8", "bfloat16": "BF16"}

@@ -26,9 +26,7 @@ class IProgressMonitor: pass
 class IBuilderConfig:
     def set_compute_capability(self): pass
 """
-FULL_SOURCE = RTX_SOURCE.replace("def set_compute_capability(self): pass", "pass").replace(
-    "1.9.0.1", "10.3.0"
-)
+FULL_SOURCE = RTX_SOURCE.replace("def set_compute_capability(self): pass", "pass").replace("1.9.0.1", "10.3.0")
 
 
 @pytest.fixture(autouse=True)
@@ -135,9 +133,7 @@ def test_a_bad_module_is_explained(modules: Path, no_wheels: None, source: str, 
     assert reason in reason_of("tensorrt-rtx", "module tensorrt_rtx")
 
 
-def test_a_module_that_hangs_is_given_up(
-    modules: Path, no_wheels: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_module_that_hangs_is_given_up(modules: Path, no_wheels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     (modules / "tensorrt_rtx.py").write_text("import time; time.sleep(60)")
     monkeypatch.setattr(tensorrt_library, "_PROBE_SECONDS", 1)
     assert "did not finish within 1 s" in reason_of("tensorrt-rtx", "module tensorrt_rtx")
@@ -169,9 +165,7 @@ def test_another_version_is_not_available(
 ) -> None:
     name, right = getattr(two_wheels, wheel)
     versions = {**dict([two_wheels.LIBRARY_WHEEL, two_wheels.BINDINGS_WHEEL]), name: other}
-    monkeypatch.setattr(
-        two_wheels.metadata, "distribution", lambda name: FakeWheel(fake_wheels, versions[name])
-    )
+    monkeypatch.setattr(two_wheels.metadata, "distribution", lambda name: FakeWheel(fake_wheels, versions[name]))
     with pytest.raises(two_wheels.NotAvailable, match=f"{name} is version {other}, only {right} fits"):
         two_wheels.library_folder()
 

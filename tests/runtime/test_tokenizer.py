@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
+
 from sana_runtime.errors import BundleError, InputError
 from sana_runtime.manifest import TokenizerEntry
 from sana_runtime.tokenizer import CaptionTokenizer, clean_prompt
-
 from tests.runtime.toys import FIXTURES, INSTRUCTION, INSTRUCTION_TOKENS, PADDED_LENGTH
 
 BOS, DRAW, THIS, COLON, A, RED, FOX = 2, 4, 5, 6, 7, 8, 9

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+
 from sana_runtime.contract import TensorSpec, text_encoder_io, transformer_io, vae_decoder_io
 from sana_runtime.engine import Backend, DeviceTensor, Engine, HostMemory
 from sana_runtime.manifest import (
