@@ -6,7 +6,7 @@ import typer
 from rich.console import Console
 
 from sana_export import __version__
-from sana_export.commands import build, compare, doctor, inspect
+from sana_export.commands import bench, build, compare, doctor, inspect
 from sana_runtime.errors import SanaError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 app.command("build")(build.run)
 app.command("compare")(compare.run)
+app.command("bench")(bench.run)
 app.command("inspect")(inspect.run)
 app.command("doctor")(doctor.run)
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from sana_export.components import ComponentPlan, loaded_module, plan_components
+from sana_export.parity import tolerance
 from sana_export.parity.metrics import Parity, measure
 from sana_export.weights.checkpoint import Checkpoint
 from sana_runtime.contract import COMPONENTS, ComponentName
@@ -94,6 +95,17 @@ def climb(pipeline: Pipeline, checkpoint: Checkpoint, settings: Settings, on_pro
     rows.append(measure("vae_decoder", "image", pipeline.decode(final), picture))
     whole = measure("picture", "image", candidate.pixels, picture)
     return LadderResult(tuple(rows), drift, whole, (candidate.pixels, picture))
+
+
+def check_components(result: LadderResult, pipeline: Pipeline, checkpoint: Checkpoint) -> None:
+    """Raise `ParityError` if a component's engine is further from the reference than its dtype explains."""
+    blocks = {
+        "text_encoder": checkpoint.text_encoder_config["num_hidden_layers"],
+        "transformer": checkpoint.transformer_config["num_layers"],
+        "vae_decoder": sum(checkpoint.vae_config["decoder_layers_per_block"]),
+    }
+    for row, name in zip(result.components, COMPONENTS, strict=True):
+        tolerance.check(row, pipeline.manifest.component(name).dtype, blocks[name])
 
 
 def check_same_weights(pipeline: Pipeline, checkpoint: Checkpoint) -> None:

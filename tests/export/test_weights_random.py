@@ -15,7 +15,7 @@ from sana_export.weights.checkpoint import open_checkpoint
 from sana_export.weights.random_model import RandomCheckpoint, random_model_names
 from sana_export.weights.tokenizer import VOCABULARY_SIZE, tokenizer_json
 from sana_runtime.errors import CheckpointError
-from tests.export.oracles import upstream_autoencoder, upstream_text_encoder, upstream_transformer
+from sana_export.upstream import upstream_autoencoder, upstream_text_encoder, upstream_transformer
 
 FINGERPRINT = """
 import hashlib
