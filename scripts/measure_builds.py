@@ -44,7 +44,9 @@ COLUMNS = [
 ]
 
 
-def measure(model: str, precision: str, height: int, width: int, components: tuple[str, ...], folder: Path) -> list:
+def measure(
+    model: str, precision: str, height: int, width: int, components: tuple[str, ...], folder: Path
+) -> list[dict[str, object]]:
     """Rows of one fresh build."""
     from rich.console import Console
 
@@ -94,7 +96,7 @@ def _processor() -> str:
 
 def _commit() -> str:
     command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=RESULTS.parent).stdout.strip()
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=RESULTS.parents[2]).stdout.strip()
 
 
 def main() -> None:
