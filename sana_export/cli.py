@@ -1,15 +1,19 @@
 """`sana-export`: one file per verb in `sana_export.commands`."""
 
-import sys
-
 import typer
-from rich.console import Console
 
 from sana_export import __version__
 from sana_export.commands import bench, build, compare, doctor, inspect
-from sana_runtime.errors import SanaError
+from sana_runtime.console import CommandGroup
+
+
+class _Group(CommandGroup):
+    interrupted = "interrupted: finished stages are kept, run the same command to go on"
+
 
 app = typer.Typer(
+    cls=_Group,
+    context_settings={"help_option_names": ["-h", "--help"]},
     name="sana-export",
     help="Compile Sana text-to-image models into ONNX and TensorRT engines, and prove that they still paint the "
     "picture that PyTorch paints. Run a bundle with `sana-runtime generate`.",
@@ -39,19 +43,5 @@ def _root(
 
 
 def main() -> None:
-    """Console entry: a user's mistake ends in one clear message and exit code 1, an interrupt in 130."""
-    errors = Console(stderr=True, highlight=False)
-    try:
-        app()
-    except SanaError as error:
-        errors.print(f"[bold red]error:[/] {_escaped(error)}", soft_wrap=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        errors.print("interrupted: finished stages are kept, run the same command to go on")
-        sys.exit(130)
-
-
-def _escaped(error: SanaError) -> str:
-    from rich.markup import escape
-
-    return escape(str(error))
+    """Console entry."""
+    app()

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from sana_runtime import __version__
-from sana_runtime.errors import InputError, SanaError
+from sana_runtime.console import CommandGroup
+from sana_runtime.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,25 +20,8 @@ if TYPE_CHECKING:
     from sana_runtime.manifest import FileEntry
     from sana_runtime.pipeline import Pipeline
 
-_INTERRUPTED = 130
-
-
-class _Group(TyperGroup):
-    """Ends a command in one of our ways: a user's error without traceback, an interrupt with exit 130."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except SanaError as error:
-            _print_error(str(error))
-            raise typer.Exit(error.exit_code) from error
-        except KeyboardInterrupt as error:
-            _print_error("interrupted")
-            raise typer.Exit(_INTERRUPTED) from error
-
-
 app = typer.Typer(
-    cls=_Group,
+    cls=CommandGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -263,10 +246,6 @@ def _print_summary(output: Path, pipeline: "Pipeline", picture: "Picture") -> No
 
 def _report(line: str) -> None:
     typer.echo(line, err=True)
-
-
-def _print_error(text: str) -> None:
-    typer.secho(text, fg=typer.colors.RED, err=True)
 
 
 def _out() -> Any:

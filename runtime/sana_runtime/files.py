@@ -55,11 +55,13 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 def no_space_or(error: OSError, path: Path) -> Exception:
     """The `BuildError` for a full disk or quota; any other OSError unchanged."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    # NumPy reports a short write, which only a full disk causes here, without an error number.
+    short_write = error.errno is None and "requested and" in str(error)
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT) and not short_write:
         return error
     return BuildError(
         f"no space left while writing {path}",
-        received=os.strerror(error.errno),
+        received=str(error) if short_write else os.strerror(error.errno or errno.ENOSPC),
         expected=f"room for the file in {path.parent}",
         action="free space or choose another --output, then run the same command: finished stages are reused",
     )

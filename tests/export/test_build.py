@@ -199,11 +199,16 @@ def test_two_builds_at_once(request_64: BuildRequest) -> None:
         run(request_64)
 
 
-def test_a_full_disk(rebuild: BuildRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), OSError("12288 requested and 7712 written")],
+    ids=["ENOSPC", "NumPy's short write"],
+)
+def test_a_full_disk(rebuild: BuildRequest, monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
     before = read_manifest(rebuild.output).digest
 
     def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise error
 
     monkeypatch.setattr(sana_export.build, "export_component", full)
     with pytest.raises(BuildError, match="no space left"):

@@ -11,8 +11,8 @@ import torch
 from sana_export.components import loaded_module, plan_components
 from sana_export.reference.dc_ae import AutoencoderConfig, Encoder
 from sana_export.reference.transformer import LinearTransformer, TransformerConfig, position_embedding
-from sana_export.weights.checkpoint import Checkpoint, open_checkpoint
 from sana_export.upstream import upstream_autoencoder, upstream_text_encoder, upstream_transformer
+from sana_export.weights.checkpoint import Checkpoint, open_checkpoint
 
 RELATIVE_RMS = 3e-5
 VARIANTS = ["random:tiny", "random:tiny-qknorm", "random:tiny-sprint", "random:tiny-4k"]

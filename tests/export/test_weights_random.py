@@ -11,11 +11,11 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from sana_export.upstream import upstream_autoencoder, upstream_text_encoder, upstream_transformer
 from sana_export.weights.checkpoint import open_checkpoint
 from sana_export.weights.random_model import RandomCheckpoint, random_model_names
 from sana_export.weights.tokenizer import VOCABULARY_SIZE, tokenizer_json
 from sana_runtime.errors import CheckpointError
-from sana_export.upstream import upstream_autoencoder, upstream_text_encoder, upstream_transformer
 
 FINGERPRINT = """
 import hashlib
