@@ -9,10 +9,14 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test lint format demo install clean
+.PHONY: test test-gpu lint format demo install clean
 
 test: $(INSTALLED)
 	$(PYTHON) -m pytest -m "not gpu"
+
+# On a machine with an NVIDIA GPU.
+test-gpu: $(INSTALLED)
+	$(PYTHON) -m pytest -m gpu
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

@@ -1,6 +1,7 @@
 """What a user asks `build` for, checked before anything heavy is imported."""
 
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 from sana_runtime.contract import (
@@ -17,12 +18,46 @@ from sana_runtime.errors import InputError
 _MAX_SIDE = 4096
 
 
+def quantized_precisions() -> tuple[str, ...]:
+    """The precisions that are shipped recipes."""
+    folder = files("sana_calibration") / "recipes"
+    return tuple(sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml")))
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """How activations are observed: prompts (None: the shipped list), how many of them, solver steps, seed, and the
+    longest side in pixels of the pictures that are painted for it. `cache` is a finished calibration to use instead.
+    """
+
+    prompts: Path | None = None
+    num_prompts: int = 4
+    num_steps: int = 8
+    seed: int = 0
+    side: int = 512
+    cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("num_prompts", "num_steps", "side"):
+            value = getattr(self, field)
+            if value < 1:
+                raise InputError(
+                    f"calibration: {field} is out of range",
+                    received=value,
+                    expected="a whole number of at least 1",
+                    action=f"leave --calibration-{field.removeprefix('num_')} away for the default",
+                )
+
+
 @dataclass(frozen=True)
 class BuildRequest:
-    """What to build. `height`, `width` in pixels."""
+    """What to build. `height`, `width` in pixels. `precision` is fp32, bf16, fp16 or a shipped recipe's name; `recipe`,
+    a file, replaces it. `base_precision` is that of what a recipe does not quantise (None: the recipe's own).
+    `gate`: judge a quantised build. `plugin`: compile linear attention as the TensorRT plugin.
+    """
 
     model: str
-    precision: PrecisionName
+    precision: str
     targets: tuple[TargetName, ...]
     height: int
     width: int
@@ -30,9 +65,24 @@ class BuildRequest:
     variant: str | None = None
     base: str | None = None
     components: tuple[ComponentName, ...] = COMPONENTS
+    recipe: Path | None = None
+    base_precision: PrecisionName | None = None
+    calibration: CalibrationSettings = CalibrationSettings()
+    gate: bool = True
+    plugin: bool = False
+
+    @property
+    def recipe_name(self) -> str | None:
+        """The recipe's file or name; None for fp32, bf16 and fp16."""
+        if self.recipe is not None:
+            return str(self.recipe)
+        return None if self.precision in PRECISIONS else self.precision
 
     def __post_init__(self) -> None:
-        _check_choice("precision", self.precision, PRECISIONS)
+        _check_choice("precision", self.precision, (*PRECISIONS, *quantized_precisions()))
+        if self.base_precision is not None:
+            _check_choice("base-precision", self.base_precision, PRECISIONS)
+            self._check_base_precision()
         for target in self.targets:
             _check_choice("target", target, TARGETS)
         for component in self.components:
@@ -47,6 +97,15 @@ class BuildRequest:
                     expected=f"a multiple of {PIXELS_PER_LATENT} from {PIXELS_PER_LATENT} to {_MAX_SIDE}",
                     action=f"for example --{side} {_nearest_side(pixels)}",
                 )
+
+    def _check_base_precision(self) -> None:
+        if self.recipe_name is None and self.base_precision != self.precision:
+            raise InputError(
+                "two precisions for a build that quantises nothing",
+                received=f"--precision {self.precision} --base-precision {self.base_precision}",
+                expected="--base-precision with a quantised --precision or a --recipe",
+                action="leave --base-precision away",
+            )
 
 
 def _check_choice(what: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -12,7 +12,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ABSENT = ("torch", "triton", "onnx", "transformers", "diffusers", "sana_export", "sana_kernels")
+ABSENT = ("torch", "triton", "onnx", "transformers", "diffusers", "sana_export", "sana_kernels", "sana_plugins")
 CHECK_ABSENT = f"""
 import importlib.util, sys
 present = [name for name in {ABSENT!r} if importlib.util.find_spec(name)]

@@ -1,4 +1,7 @@
-"""The only file that touches CUDA: device memory, one stream and captured graphs, through cuda-python."""
+"""Device memory, one stream and captured graphs, through cuda-python.
+
+No other file touches CUDA, but for `plugins`, which launches kernels.
+"""
 
 import weakref
 from collections.abc import Callable

@@ -83,6 +83,36 @@ class TokenizerEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pad_token_id: int
 
 
+class GateEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The quality gate: worst figures over its prompts, against the unquantised model, and the recipe's thresholds."""
+
+    passed: bool
+    velocity_sqnr_db: float
+    psnr_db: float
+    ssim: float
+    min_velocity_sqnr_db: float
+    min_psnr_db: float
+    min_ssim: float
+    prompts: int
+    num_steps: int
+
+
+class QuantizationEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How the weights were quantised. `recipe_file` and `calibration_file` are files of the bundle; the gate's
+    thresholds are kept here, so that a bundle can be judged again. `gate` is None where it was not run.
+    """
+
+    recipe: str
+    recipe_file: str
+    recipe_digest: str
+    calibration_file: str | None
+    calibration_digest: str | None
+    min_velocity_sqnr_db: float
+    min_psnr_db: float
+    min_ssim: float
+    gate: GateEntry | None
+
+
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The index of a bundle. `height`, `width` in pixels. `digest` covers every other field."""
 
@@ -98,6 +128,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     files: tuple[FileEntry, ...]
     created_with: dict[str, str]
     notes: tuple[str, ...]
+    quantization: QuantizationEntry | None = None
 
     def component(self, name: ComponentName) -> ComponentEntry:
         """The entry of one component."""

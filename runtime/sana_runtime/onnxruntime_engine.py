@@ -100,6 +100,9 @@ class OnnxRuntimeBackend(Backend):
         options.log_severity_level = _ERROR_SEVERITY
         # Each picture uses the same shapes; an arena would keep the decoder's peak allocated for good.
         options.enable_cpu_mem_arena = False
+        # Q/DQ pairs say what to compute, exactly; ONNX Runtime's fusions of them are for INT8 models of its own making
+        # and build an invalid graph from FP8 ones.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
         return options
 
 

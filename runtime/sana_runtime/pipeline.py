@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sana_runtime.bundle import check_contract, engine_entry, files_of_target
-from sana_runtime.contract import CAPTION_LENGTH, TargetName, TensorSpec
+from sana_runtime.contract import CAPTION_LENGTH, ComponentName, TargetName, TensorSpec
 from sana_runtime.engine import Backend, DeviceTensor
 from sana_runtime.errors import InputError
 from sana_runtime.image import Picture, Settings
@@ -260,6 +260,16 @@ class Pipeline:
         outputs = self._outputs["vae_decoder"]
         self._engines["vae_decoder"].execute({"latent": latent}, outputs)
         return outputs["image"].numpy()[0].astype(np.uint8, copy=False)
+
+    def run_component(
+        self, name: ComponentName, arrays: Mapping[str, npt.NDArray[np.generic]]
+    ) -> dict[str, npt.NDArray[np.generic]]:
+        """One engine call on given inputs, for parity checks: host arrays in and out, bfloat16 as its bits in uint16."""
+        inputs, outputs = self._inputs[name], self._outputs[name]
+        for tensor, array in arrays.items():
+            self._memory.upload(array, inputs[tensor])
+        self._engines[name].execute(inputs, outputs)
+        return {tensor: output.numpy() for tensor, output in outputs.items()}
 
     def _allocate(self, specs: tuple[TensorSpec, ...]) -> dict[str, DeviceTensor]:
         return {spec.name: self._memory.allocate(spec) for spec in specs}

@@ -32,6 +32,7 @@ from sana_runtime.environment import child_environment
 from sana_runtime.errors import BuildError, InputError
 from sana_runtime.files import no_space_or, whole_file
 from sana_runtime.plan_worker import BuildRequest, Built, Event, Failed, Phase, Progress
+from sana_runtime.plugins import KernelFolder
 from sana_runtime.tensorrt_library import TensorrtLibrary, find_tensorrt, signal_name, worker_command
 
 _WORKER_MODULE = "sana_runtime.plan_worker"
@@ -72,6 +73,7 @@ class PlanResult:
 
     `seconds`: wall clock, child start to rename. `peak_memory_mib`: the child's largest resident set, mapped
     weight files included. `size`: bytes. `layers`: of the parsed network; the engine's own count needs a GPU.
+    `plugin_layers`: those of them that are plugins.
     """
 
     seconds: float
@@ -80,6 +82,7 @@ class PlanResult:
     builder: str
     builder_version: str
     layers: int
+    plugin_layers: int = 0
 
 
 OnProgress = Callable[[PlanProgress], bool | None]
@@ -92,17 +95,21 @@ def build_plan(
     *,
     on_progress: OnProgress | None = None,
     workspace_mib: int | None = None,
+    plugins: Path | None = None,
 ) -> PlanResult:
     """Compile `onnx` (external data beside it) into `plan`.
 
     `workspace_mib` limits the compiler's scratch memory on the GPU; None is TensorRT's default. `on_progress`
-    returning False cancels.
+    returning False cancels. `plugins`: a folder of compiled kernels (see `sana_runtime.plugins`); every
+    linear-attention node becomes a plugin layer. Without it the node's function is inlined.
 
     Raises `TargetError` when no builder for `target` is here, `InputError` for a bad `workspace_mib`,
-    `BuildError` for a missing ONNX file and for every failure or cancellation of the compiler. No temporary
-    file is left.
+    `BundleError` for damaged kernels in `plugins`, `BuildError` for a missing ONNX file and for every failure or
+    cancellation of the compiler. No temporary file is left.
     """
     _check_inputs(onnx, workspace_mib)
+    if plugins is not None:
+        KernelFolder.open(plugins).verify()
     library = find_tensorrt(target)
     started = time.monotonic()
     with whole_file(plan) as temporary:
@@ -112,6 +119,7 @@ def build_plan(
             output=str(temporary.absolute()),
             workspace_mib=workspace_mib,
             parent=os.getpid(),
+            plugins=str(plugins.absolute()) if plugins is not None else None,
         )
         built = _run_worker(request, library, onnx, on_progress)
     return PlanResult(
@@ -121,6 +129,7 @@ def build_plan(
         builder=library.builder_name,
         builder_version=library.library_version,
         layers=built.layers,
+        plugin_layers=built.plugin_layers,
     )
 
 

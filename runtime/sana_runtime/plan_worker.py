@@ -19,19 +19,25 @@ from typing import Any, BinaryIO, Literal
 import msgspec
 
 from sana_runtime import tensorrt_compat
+from sana_runtime.plugins import count_plugin_layers, register_plugins
 
 _PR_SET_PDEATHSIG = 1
 _EVENT_SECONDS = 0.05
 
 
 class BuildRequest(msgspec.Struct, frozen=True):
-    """What to build. `workspace_mib`: None is TensorRT's default. `parent`: its process id."""
+    """What to build.
+
+    `workspace_mib`: None is TensorRT's default. `parent`: its process id. `plugins`: the folder of compiled
+    kernels for the plugin; None leaves it unregistered.
+    """
 
     module: str
     onnx: str
     output: str
     workspace_mib: int | None
     parent: int
+    plugins: str | None = None
 
 
 class Phase(msgspec.Struct, frozen=True):
@@ -54,6 +60,7 @@ class Built(msgspec.Struct, frozen=True, tag="built"):
 
     layers: int
     peak_memory_mib: int
+    plugin_layers: int = 0
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
@@ -106,17 +113,21 @@ def _build(request: BuildRequest, events: BinaryIO) -> Built:
     trt = importlib.import_module(request.module)
     logger = trt.Logger(trt.Logger.INFO)
     builder = trt.Builder(logger)
+    kernels = register_plugins(trt, Path(request.plugins)) if request.plugins is not None else None
     network = tensorrt_compat.create_network(trt, builder)
     parser = trt.OnnxParser(network, logger)  # owns the mapped weights: must outlive the build
     _parse(parser, network, request.onnx)
+    plugin_layers = count_plugin_layers(trt, network)
     reporter = _Reporter(events)
     monitor = _progress_monitor(trt, reporter)
     config = tensorrt_compat.create_config(trt, builder, monitor, request.workspace_mib)
     with Path(request.output).open("wb") as output:
         whole = tensorrt_compat.write_plan(trt, builder, network, config, output)
+    if kernels is not None and kernels.problem is not None:
+        raise _Stop(Failed("build", " ".join(str(kernels.problem).split())))
     if not whole:
         raise _Stop(_build_failure(reporter))
-    return Built(network.num_layers, peak_memory_mib())
+    return Built(network.num_layers, peak_memory_mib(), plugin_layers)
 
 
 def _build_failure(reporter: "_Reporter") -> Failed:

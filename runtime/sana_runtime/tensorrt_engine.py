@@ -19,6 +19,7 @@ from sana_runtime.cuda import CudaGraph, CudaMemory
 from sana_runtime.engine import Backend, DeviceTensor, Engine, check_engine_tensors
 from sana_runtime.errors import BundleError, TargetError
 from sana_runtime.manifest import ComponentEntry, EngineEntry
+from sana_runtime.plugins import KERNEL_INDEX, KernelFolder, register_plugins, require_launcher
 from sana_runtime.targets import TENSORRT_MODULES
 
 _DTYPES = {
@@ -44,6 +45,7 @@ class TensorRTBackend(Backend):
 
     def load(self, bundle: Path, component: ComponentEntry, entry: EngineEntry) -> "TensorRTEngine":
         path = bundle / entry.files[0]
+        kernels = self._register_plugins(bundle, entry)
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
             engine = self._runtime.deserialize_cuda_engine(plan)
             if engine is None:
@@ -58,7 +60,15 @@ class TensorRTBackend(Backend):
                 expected=f"{engine.device_memory_size_v2 >> 20} MiB of free device memory",
                 action="close other programs that use the GPU, or build a smaller bundle",
             )
-        return TensorRTEngine(component, engine, context, self._cuda)
+        return TensorRTEngine(component, engine, context, self._cuda, kernels)
+
+    def _register_plugins(self, bundle: Path, entry: EngineEntry) -> KernelFolder | None:
+        """Before a plan with plugin layers is loaded. Such an engine lists its kernels after the plan."""
+        for file in entry.files[1:]:
+            if Path(file).name == KERNEL_INDEX:
+                require_launcher()
+                return register_plugins(self._trt, (bundle / file).parent)
+        return None
 
     def _diagnosis(self, plan: mmap.mmap) -> str:
         """What TensorRT-RTX reads in the plan's header. Asked late: it is reported to refuse good plans."""
@@ -82,8 +92,16 @@ class TensorRTBackend(Backend):
 class TensorRTEngine(Engine):
     """One deserialised plan with its execution context and captured graph."""
 
-    def __init__(self, component: ComponentEntry, engine: Any, context: Any, memory: CudaMemory) -> None:
+    def __init__(
+        self,
+        component: ComponentEntry,
+        engine: Any,
+        context: Any,
+        memory: CudaMemory,
+        kernels: KernelFolder | None = None,
+    ) -> None:
         super().__init__(component)
+        self._kernels = kernels
         self._engine = engine  # must outlive the context
         self._context = context
         self._memory = memory
@@ -118,7 +136,8 @@ class TensorRTEngine(Engine):
 
     def _enqueue(self) -> None:
         if not self._context.execute_async_v3(self._memory.stream):
-            raise RuntimeError(f"{self.component.name}: TensorRT could not enqueue the engine")
+            problem = self._kernels.problem if self._kernels is not None else None
+            raise RuntimeError(f"{self.component.name}: TensorRT could not enqueue the engine") from problem
 
 
 def _spec(engine: Any, name: str) -> tuple[str, tuple[int, ...]]:

@@ -1,6 +1,5 @@
 """`sana-export bench`."""
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,7 +37,8 @@ def run(
     The peer is diffusers eager in fp32 on the CPU, so this refuses a bundle that runs on a GPU here: compare it with a
     peer on that GPU. For the engines alone use `sana-runtime bench`.
     """
-    from sana_export.parity.ladder import Settings, check_components, climb
+    from sana_export.parity.judge import judge, judged_gate
+    from sana_export.parity.ladder import check_components
     from sana_export.peer import time_stages
     from sana_export.weights.checkpoint import open_checkpoint
     from sana_runtime.bench import check_json, measure
@@ -47,14 +47,18 @@ def run(
     console = Console(highlight=False)
     if json_file:
         check_json(json_file)
-    pipeline = Pipeline.load(bundle, target, report=partial(console.print, markup=False, soft_wrap=True))
+    pipeline = Pipeline.load(bundle, target, report=lambda line: console.print(line, markup=False, soft_wrap=True))
     _refuse_gpu(pipeline)
     model = pipeline.manifest.model
     source = open_checkpoint(checkpoint or model.source, variant=variant or model.variant, base=base)
-    scale = pipeline.manifest.scheduler.default_guidance_scale
     with console.status("parity first"):
-        settings = Settings("a red circle left of a blue square", "", 0, _PARITY_STEPS, scale)
-        check_components(climb(pipeline, source, settings, lambda _: None), pipeline, source)
+        result = judge(pipeline, source, lambda _: None, prompt="a red circle", num_steps=_PARITY_STEPS)
+    verdict = judged_gate(pipeline.manifest, result)
+    if verdict is None:
+        check_components((result,), pipeline.manifest, source)
+    elif not verdict.passed:
+        console.print(f"no time is printed: the quantised bundle misses its gate ({verdict})", soft_wrap=True)
+        raise typer.Exit(1)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("engines", total=runs + warmup)
         ours = measure(

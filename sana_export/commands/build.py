@@ -27,7 +27,9 @@ def run(
         ),
     ],
     output: Annotated[Path, typer.Option(metavar="DIR", help="The bundle to write.")],
-    precision: Annotated[str, typer.Option(metavar="P", help="fp32, bf16 or fp16.")] = "bf16",
+    precision: Annotated[
+        str, typer.Option(metavar="P", help="fp32, bf16, fp16, fp8, int8, int8-weight-only or int4-weight-only.")
+    ] = "bf16",
     target: Annotated[
         list[str] | None,
         typer.Option(
@@ -47,6 +49,43 @@ def run(
     components: Annotated[
         str, typer.Option(metavar="LIST", help="Comma-separated: text_encoder, transformer, vae_decoder.")
     ] = "text_encoder,transformer,vae_decoder",
+    recipe: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A quantisation recipe of your own (YAML); replaces --precision."),
+    ] = None,
+    base_precision: Annotated[
+        str | None,
+        typer.Option(
+            metavar="P",
+            help="Precision of what a recipe does not quantise: fp32, bf16 or fp16. "
+            "Default: the recipe's; fp32 lets ONNX Runtime run the bundle on a CPU.",
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Prompts to calibrate with, one per line. Default: shipped ones."),
+    ] = None,
+    calibration_prompts: Annotated[int, typer.Option(metavar="N", help="How many of the prompts are painted.")] = 4,
+    calibration_steps: Annotated[int, typer.Option(metavar="N", help="Solver steps per prompt.")] = 8,
+    calibration_side: Annotated[
+        int, typer.Option(metavar="PX", help="Longest side of the pictures painted for calibration and gate.")
+    ] = 512,
+    calibration_seed: Annotated[int, typer.Option(metavar="S", help="Seed of their noise.")] = 0,
+    calibration_cache: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A finished calibration of the same weights and recipe, used instead."),
+    ] = None,
+    plugin: Annotated[
+        bool,
+        typer.Option(
+            "--plugin/--no-plugin",
+            help="Compile linear attention as our TensorRT plugin instead of plain layers. Needs triton here, and "
+            "cuda-core on the device; not run on a TensorRT device yet.",
+        ),
+    ] = False,
+    gate: Annotated[
+        bool, typer.Option("--gate/--no-gate", help="Judge a quantised model against the unquantised one.")
+    ] = True,
 ) -> None:
     """Compile a checkpoint into a bundle, component by component.
 
@@ -54,19 +93,31 @@ def run(
     reuses everything, and a changed input rebuilds what depends on it and names the input. The bundle appears at
     --output only when it is whole.
     """
-    from sana_export.build_request import BuildRequest
+    from sana_export.build_request import BuildRequest, CalibrationSettings
 
     high, wide = picture_size(resolution, height, width, _DEFAULT_SIDE)
     request = BuildRequest(
         model=model,
-        precision=precision,  # type: ignore[arg-type]  # __post_init__ checks the choices
-        targets=tuple(dict.fromkeys(target or ["tensorrt-rtx"])),  # type: ignore[arg-type]
+        precision=precision,
+        targets=tuple(dict.fromkeys(target or ["tensorrt-rtx"])),  # type: ignore[arg-type]  # __post_init__ checks the choices
         height=high,
         width=wide,
         output=output,
         variant=variant,
         base=base,
         components=tuple(dict.fromkeys(components.split(","))),  # type: ignore[arg-type]
+        recipe=recipe,
+        base_precision=base_precision,  # type: ignore[arg-type]
+        calibration=CalibrationSettings(
+            calibration,
+            calibration_prompts,
+            calibration_steps,
+            calibration_seed,
+            calibration_side,
+            calibration_cache,
+        ),
+        gate=gate,
+        plugin=plugin,
     )
     from sana_export.build import build
 
@@ -75,8 +126,22 @@ def run(
         manifest = build(request, reporter)
     console.print(_summary(manifest))
     console.print(f"bundle: {output}  (digest {manifest.digest[:12]})")
+    _report_gate(console, manifest)
     if "onnxruntime" in manifest.targets and any(entry.dtype == "bfloat16" for entry in manifest.components):
         console.print("note: ONNX Runtime runs bf16 graphs on CUDA only; for its CPU provider build fp32.")
+
+
+def _report_gate(console: Console, manifest: "Manifest") -> None:
+    gate = manifest.quantization.gate if manifest.quantization else None
+    if gate is not None:
+        console.print(
+            f"gate {'passed' if gate.passed else 'MISSED'}: velocity SQNR {gate.velocity_sqnr_db:.1f} dB (at least "
+            f"{gate.min_velocity_sqnr_db:g}), PSNR {gate.psnr_db:.1f} dB (at least {gate.min_psnr_db:g}), "
+            f"SSIM {gate.ssim:.3f} (at least {gate.min_ssim:g}) over {gate.prompts} prompts, {gate.num_steps} steps",
+            soft_wrap=True,
+        )
+        if not gate.passed:
+            raise typer.Exit(1)
 
 
 class ProgressReport:
@@ -123,7 +188,10 @@ class ProgressReport:
         self._console.print(f"  reused   {stage:<26} {reason}", soft_wrap=True)
 
     def note(self, text: str) -> None:
-        self._console.print(f"  note     {text}", soft_wrap=True)
+        first, *rest = text.splitlines()
+        self._console.print(f"  note     {first}", soft_wrap=True)
+        for line in rest:
+            self._console.print(f"           {line}", soft_wrap=True)
 
     def _drop(self, stage: str) -> None:
         if stage in self._tasks:

@@ -1,6 +1,5 @@
 """`sana-export compare`."""
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +12,8 @@ from sana_export.commands.options import Base, Bundle, JsonFile, Variant
 if TYPE_CHECKING:
     from sana_export.parity.ladder import LadderResult
     from sana_export.parity.metrics import Parity
+    from sana_runtime.manifest import GateEntry
+    from sana_runtime.pipeline import Pipeline
 
 
 def run(
@@ -32,6 +33,9 @@ def run(
     ] = None,
     variant: Variant = None,
     base: Base = None,
+    gate: Annotated[
+        bool, typer.Option("--gate/--no-gate", help="Fail where a bound or a threshold of the recipe is missed.")
+    ] = True,
     json_file: JsonFile = None,
     pictures: Annotated[
         Path | None,
@@ -40,78 +44,100 @@ def run(
 ) -> None:
     """Compare a bundle's engines with the PyTorch reference in fp32, component by component and end to end.
 
-    Both sides start from the same noise. Every component is compared on equal inputs, the latent at every step,
-    and the finished picture. The weights must be those the bundle was built from. Exit code 1 if a component is
-    further from the reference than the rounding of its dtype explains.
+    Both sides start from the same noise. Every component is compared on equal inputs, the transformer at every step,
+    the latent as it drifts, and the finished picture. The weights must be those the bundle was built from. Exit
+    code 1 if a component is further from the reference than the rounding of its dtype explains or, for a quantised
+    bundle, if a threshold of its recipe is missed.
     """
     import numpy as np
     from PIL import Image
 
-    from sana_export.parity.ladder import Settings, check_components, climb
+    from sana_export.parity.judge import judge, judged_gate
+    from sana_export.parity.ladder import check_components
     from sana_export.weights.checkpoint import open_checkpoint
     from sana_runtime.files import whole_file
     from sana_runtime.pipeline import Pipeline
 
     console = Console(highlight=False)
-    pipeline = Pipeline.load(bundle, target, report=partial(console.print, markup=False, soft_wrap=True))
-    scheduler = pipeline.manifest.scheduler
-    model = pipeline.manifest.model
-    source = open_checkpoint(checkpoint or model.source, variant=variant or model.variant, base=base)
-    settings = Settings(
-        prompt,
-        negative_prompt,
-        seed,
-        scheduler.default_num_steps if num_steps is None else num_steps,
-        scheduler.default_guidance_scale if guidance_scale is None else guidance_scale,
-    )
+    pipeline = Pipeline.load(bundle, target, report=lambda line: console.print(line, markup=False, soft_wrap=True))
+    manifest = pipeline.manifest
+    source = open_checkpoint(checkpoint or manifest.model.source, variant=variant or manifest.model.variant, base=base)
     with console.status("comparing") as status:
-        result = climb(pipeline, source, settings, lambda text: status.update(text))
+        result = judge(
+            pipeline,
+            source,
+            status.update,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            seed=seed,
+            num_steps=num_steps,
+            guidance_scale=guidance_scale,
+        )
     console.print(_table(result, f"{bundle} on {pipeline.target} against PyTorch fp32"))
+    verdict = judged_gate(manifest, result)
     if json_file:
         with whole_file(json_file) as temporary:
-            temporary.write_bytes(_json(result, settings, pipeline))
+            temporary.write_bytes(_json(result, pipeline, verdict))
     if pictures:
         with whole_file(pictures) as temporary:
             Image.fromarray(np.concatenate(result.images, axis=1)).save(temporary, format="PNG")
-    check_components(result, pipeline, source)
-    console.print("every component is within the rounding of its dtype")
+    if verdict is not None:
+        _report_gate(console, verdict, gate)
+    elif gate:
+        check_components((result,), manifest, source)
+        console.print("every component is within the rounding of its dtype")
+
+
+def _report_gate(console: Console, verdict: "GateEntry", gate: bool) -> None:
+    console.print(
+        f"gate {'passed' if verdict.passed else 'MISSED'}: velocity SQNR {verdict.velocity_sqnr_db:.1f} dB at the "
+        f"worst step (at least {verdict.min_velocity_sqnr_db:g}), picture PSNR {verdict.psnr_db:.1f} dB (at least "
+        f"{verdict.min_psnr_db:g}), SSIM {verdict.ssim:.3f} (at least {verdict.min_ssim:g})",
+        soft_wrap=True,
+    )
+    if gate and not verdict.passed:
+        raise typer.Exit(1)
 
 
 def _table(result: "LadderResult", title: str) -> Table:
-    table = Table("stage", "tensor", "max abs", "relative RMS", "cosine", "PSNR dB", title=title)
-    for row in (*result.components, *result.drift, result.picture):
-        table.add_row(
-            row.stage,
-            row.tensor,
-            f"{row.max_abs:.3g}",
-            f"{row.relative_rms:.2e}",
-            f"{row.cosine:.7f}",
-            f"{row.psnr_db:.1f}",
-            end_section=row is result.components[-1] or row is result.drift[-1],
-        )
+    table = Table("stage", "max abs", "rel. RMS", "SQNR dB", "cosine", "PSNR dB", title=title)
+    groups = (result.components, result.steps, result.drift, (result.picture,))
+    for rows in groups:
+        for row in rows:
+            table.add_row(
+                row.stage,
+                f"{row.max_abs:.3g}",
+                f"{row.relative_rms:.2e}",
+                f"{row.sqnr_db:.1f}",
+                f"{row.cosine:.7f}",
+                f"{row.psnr_db:.1f}",
+                end_section=row is rows[-1],
+            )
+    table.caption = f"SSIM of the picture: {result.ssim:.4f}"
     return table
 
 
-def _json(result: "LadderResult", settings: Any, pipeline: Any) -> bytes:
+def _json(result: "LadderResult", pipeline: "Pipeline", verdict: "GateEntry | None") -> bytes:
     import msgspec
 
     content = {
         "bundle_digest": pipeline.manifest.digest,
         "target": pipeline.target,
         "device": pipeline.backend.description,
-        "settings": settings,
+        "prompt": result.prompt,
         "components": [_finite(row) for row in result.components],
+        "steps": [_finite(row) for row in result.steps],
         "drift": [_finite(row) for row in result.drift],
-        "picture": _finite(result.picture),
+        "picture": {**_finite(result.picture), "ssim": result.ssim},
+        "gate": verdict,
     }
     return msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"
 
 
 def _finite(row: "Parity") -> dict[str, Any]:
-    """JSON has no infinity: an infinite PSNR (equal tensors) is null."""
+    """JSON has no infinity: an infinite ratio (equal tensors) is null."""
     from dataclasses import asdict
     from math import isfinite
 
-    return {
-        key: None if isinstance(value, float) and not isfinite(value) else value for key, value in asdict(row).items()
-    }
+    values = {**asdict(row), "sqnr_db": row.sqnr_db}
+    return {key: None if isinstance(value, float) and not isfinite(value) else value for key, value in values.items()}

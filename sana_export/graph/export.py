@@ -14,7 +14,8 @@ from torch import nn
 
 from sana_export.graph import linear_attention
 from sana_export.graph.opset import OPSET
-from sana_export.graph.passes import drop_identity, strip_metadata, transpose_weights
+from sana_export.graph.passes import drop_identity, insert_qdq, strip_metadata, transpose_weights
+from sana_export.graph.passes.insert_qdq import Quantization, QuantizationReport
 from sana_export.graph.weights import bind_weights
 from sana_export.weights.lazy import LazyTensor
 from sana_runtime.contract import TensorSpec
@@ -25,11 +26,14 @@ _INLINE_BYTES = 1024
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export did: how often each pass fired, the size of the graph and of its weights."""
+    """What an export did: how often each pass fired, the size of the graph and of its weights, and what became of
+    each product of the graph if it was quantised.
+    """
 
     passes: Mapping[str, int]
     nodes: int
     weight_bytes: int
+    quantization: QuantizationReport | None = None
 
 
 def example_inputs(specs: Sequence[TensorSpec]) -> dict[str, torch.Tensor]:
@@ -88,14 +92,18 @@ def export_component(
     outputs: Sequence[TensorSpec],
     path: Path,
     on_weight: Callable[[int, int], None] | None = None,
+    quantization: Quantization | None = None,
 ) -> ExportReport:
     """Write `path` and, beside it, its weights. `module` may hold uninitialised parameters: values come from
     `weights` (reference names; `prefix` + name is the module's parameter), one tensor in memory at a time.
-    `on_weight(done, total)` reports tensors written.
+    `on_weight(done, total)` reports tensors written. `quantization` stores the layers under its rules in 8 or 4 bits;
+    raises `BuildError` for one that cannot be.
     """
     model = to_graph(module, inputs, outputs)
     bind_weights(model, dict(module.named_parameters()), weights, prefix)
     passes = run_passes(model)
+    quantized = insert_qdq.run(model, prefix, quantization) if quantization else None
+    passes["insert_qdq"] = len(quantized.layers) if quantized else 0
     model.producer_name = "sana-export"
     ir.save(
         model,
@@ -104,7 +112,8 @@ def export_component(
         size_threshold_bytes=_INLINE_BYTES,
         callback=(lambda _, info: on_weight(info.index + 1, info.total)) if on_weight else None,
     )
-    return ExportReport(passes, len(model.graph), (path.parent / WEIGHTS_FILE).stat().st_size)
+    weight_bytes = (path.parent / WEIGHTS_FILE).stat().st_size
+    return ExportReport(passes, len(model.graph), weight_bytes, quantized)
 
 
 @contextmanager

@@ -1,214 +1,307 @@
-"""The ladder: each component on the same inputs, then the whole path from the same noise.
+"""The ladder: each component on equal inputs, then the whole path from the same noise.
 
-Candidate: a bundle's engines through `sana_runtime`. Reference: our PyTorch modules in fp32, which the test suite
-holds equal to diffusers'.
+Reference: our PyTorch modules in fp32, which the test suite holds equal to diffusers'. Candidate: a bundle's engines,
+or the fake-quantised modules that compute what a quantised graph computes. The reference is recorded first, one
+component in memory at a time, and the candidate is fed what was recorded.
 """
 
-import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
-from sana_export.components import ComponentPlan, loaded_module, plan_components
+from sana_calibration.fake_quant import fake_quantize_in_place
+from sana_export.calibration_run import NEGATIVE, Array, Arrays, DenoisingRun, Feed
+from sana_export.graph.passes.insert_qdq import Quantization
 from sana_export.parity import tolerance
-from sana_export.parity.metrics import Parity, measure
+from sana_export.parity.metrics import Parity, measure, ssim
 from sana_export.weights.checkpoint import Checkpoint
 from sana_runtime.contract import COMPONENTS, ComponentName
-from sana_runtime.engine import DeviceTensor
 from sana_runtime.errors import InputError
-from sana_runtime.pipeline import Pipeline, Step, draw_noise, seeded_generator
-from sana_runtime.scheduler import StepTable, step_table
+from sana_runtime.manifest import Manifest
+from sana_runtime.pipeline import Pipeline, Step
 
-Array = npt.NDArray
 OnProgress = Callable[[str], None]
+_OUTPUTS = ("next_latent", "x0", "velocity")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What is painted twice: once by the engines, once by PyTorch."""
+class Recording:
+    """What the reference did with one prompt. `steps`: every solver step's inputs and outputs. `picture` [H, W, 3]."""
 
-    prompt: str
-    negative_prompt: str
-    seed: int
-    num_steps: int
-    guidance_scale: float
+    captions: Arrays
+    steps: tuple[tuple[Feed, Feed], ...]
+    picture: Array
 
 
 @dataclass(frozen=True)
 class LadderResult:
-    """`components`: equal inputs, one engine call. `drift`: per step, each side on its own latents. `picture`: end
-    to end. `images`: the two pictures [H, W, 3] uint8.
+    """One prompt. `components`: equal inputs, one call each, the transformer at its worst step. `steps`: the velocity
+    at every step on equal inputs. `drift`: the latent at every step, each side on its own. `picture`: end to end, and
+    its `ssim`. `images`: candidate and reference, [H, W, 3] uint8.
     """
 
+    prompt: str
     components: tuple[Parity, ...]
+    steps: tuple[Parity, ...]
     drift: tuple[Parity, ...]
     picture: Parity
+    ssim: float
     images: tuple[Array, Array]
 
+    @property
+    def min_velocity_sqnr_db(self) -> float:
+        """Signal to error ratio of the velocity at the worst step, equal inputs."""
+        return min(row.sqnr_db for row in self.steps)
 
-@dataclass(frozen=True)
-class _Captions:
-    embeds: Array  # [2 or 1, 300, C] fp32
-    mask: Array  # [2 or 1, 300] int64
+
+class Candidate(Protocol):
+    """What is judged. Inside `component(name)` the method that needs that component may be called."""
+
+    def component(self, name: ComponentName) -> AbstractContextManager[None]: ...
+    def captions(self) -> list[Arrays]: ...
+    def step(self, **feed: torch.Tensor) -> tuple[torch.Tensor, ...]: ...
+    def decode(self, latent: torch.Tensor) -> Array: ...
+    def paint(self, index: int, captions: Arrays) -> list[Array]: ...
 
 
-def climb(pipeline: Pipeline, checkpoint: Checkpoint, settings: Settings, on_progress: OnProgress) -> LadderResult:
-    """Compare a loaded bundle with its checkpoint. Both sides start from the same noise, drawn from the seed.
-
-    One reference component is in memory at a time. Raises `InputError` when the checkpoint is not the one the
-    bundle was made from.
-    """
-    check_same_weights(pipeline, checkpoint)
-    reference = _Reference(pipeline, checkpoint, settings)
-    on_progress("reference text_encoder")
-    with reference.module("text_encoder") as encoder:
-        captions = reference.captions(encoder)
+def climb(run: DenoisingRun, candidate: Candidate, on_progress: OnProgress) -> tuple[LadderResult, ...]:
+    """Judge a candidate on every prompt of `run`. Raises `BuildError` for outputs that are not finite."""
+    recordings = _record(run, on_progress)
+    indices = range(len(run.prompts))
     on_progress("candidate text_encoder")
-    rows = [_caption_parity(pipeline, settings, captions)]
-    on_progress("candidate picture")
-    trace: list[dict[str, Array]] = []
-    candidate = pipeline.generate(
-        settings.prompt,
-        settings.negative_prompt,
-        settings.seed,
-        settings.num_steps,
-        settings.guidance_scale,
-        on_step=lambda step: trace.append(_outputs(step)),
-    )
-    with reference.module("transformer") as step_module:
-        on_progress("reference denoising")
-        latents = reference.denoise(step_module, captions, on_progress)
-    drift = tuple(
-        measure(f"step {index + 1}", "next_latent", mine["next_latent"], theirs["next_latent"])
-        for index, (mine, theirs) in enumerate(zip(trace, latents, strict=True))
-    )
-    rows.append(_first_velocity_parity(trace, latents))
-    on_progress("vae_decoder")
-    final = latents[-1]["next_latent"]
-    with reference.module("vae_decoder") as decoder:
-        picture = decoder(torch.from_numpy(final)).numpy()[0]
-    rows.append(measure("vae_decoder", "image", pipeline.decode(final), picture))
-    whole = measure("picture", "image", candidate.pixels, picture)
-    return LadderResult(tuple(rows), drift, whole, (candidate.pixels, picture))
+    with candidate.component("text_encoder"):
+        captions = candidate.captions()
+    steps, drifts, finals = [], [], []
+    with candidate.component("transformer"):
+        for index in indices:
+            on_progress(f"candidate transformer, prompt {index + 1} of {len(indices)}")
+            steps.append(_steps(candidate, recordings[index]))
+            latents = candidate.paint(index, captions[index])
+            drifts.append(_drift(latents, recordings[index]))
+            finals.append(latents[-1])
+    on_progress("candidate vae_decoder")
+    with candidate.component("vae_decoder"):
+        return tuple(
+            _result(
+                run, candidate, index, recordings[index], captions[index], steps[index], drifts[index], finals[index]
+            )
+            for index in indices
+        )
 
 
-def check_components(result: LadderResult, pipeline: Pipeline, checkpoint: Checkpoint) -> None:
+def _result(
+    run: DenoisingRun,
+    candidate: Candidate,
+    index: int,
+    recording: Recording,
+    captions: Arrays,
+    steps: tuple[Parity, ...],
+    drift: tuple[Parity, ...],
+    final: Array,
+) -> LadderResult:
+    last = recording.steps[-1][1]["next_latent"]
+    components = (
+        _caption_parity(captions, recording.captions),
+        replace(max(steps, key=lambda row: row.relative_rms), stage="transformer"),
+        measure("vae_decoder", "image", candidate.decode(last), recording.picture),
+    )
+    picture = candidate.decode(torch.from_numpy(final))
+    return LadderResult(
+        run.prompts[index],
+        components,
+        steps,
+        drift,
+        measure("picture", "image", picture, recording.picture),
+        ssim(picture, recording.picture),
+        (picture, recording.picture),
+    )
+
+
+def _caption_parity(candidate: Arrays, reference: Arrays) -> Parity:
+    """Only rows that the transformer attends to: padding rows are masked out."""
+    valid = reference["mask"].astype(bool)
+    return measure("text_encoder", "caption_embeds", candidate["embeds"][valid], reference["embeds"][valid])
+
+
+def _steps(candidate: Candidate, recording: Recording) -> tuple[Parity, ...]:
+    rows = []
+    for index, (feed, outputs) in enumerate(recording.steps):
+        velocity = candidate.step(**feed)[_OUTPUTS.index("velocity")]
+        rows.append(measure(f"velocity, step {index + 1}", "velocity", velocity.numpy(), outputs["velocity"].numpy()))
+    return tuple(rows)
+
+
+def _drift(latents: list[Array], recording: Recording) -> tuple[Parity, ...]:
+    return tuple(
+        measure(f"latent, step {index + 1}", "next_latent", latent, outputs["next_latent"].numpy())
+        for index, (latent, (_, outputs)) in enumerate(zip(latents, recording.steps, strict=True))
+    )
+
+
+def all_captions(run: DenoisingRun, encoder: nn.Module) -> list[Arrays]:
+    """The transformer's caption batch of every prompt: `embeds` [2 or 1, 300, C] fp32 and `mask` int64."""
+    found = {item: run.caption(encoder, item) for item in run.items("text_encoder")}
+    return [run.caption_batch(found, index) for index in range(len(run.prompts))]
+
+
+def _record(run: DenoisingRun, on_progress: OnProgress) -> list[Recording]:
+    on_progress("reference text_encoder")
+    with run.module("text_encoder") as encoder:
+        captions = all_captions(run, encoder)
+    traces = []
+    with run.module("transformer") as module:
+        for index in range(len(run.prompts)):
+            tape = _Tape(module, run, on_progress)
+            for _ in run.denoise(tape, captions[index], index):
+                pass
+            traces.append(tuple(tape.steps))
+    on_progress("reference vae_decoder")
+    with run.module("vae_decoder") as decoder:
+        pictures = [decoder(trace[-1][1]["next_latent"]).numpy()[0] for trace in traces]
+    return [Recording(*parts) for parts in zip(captions, traces, pictures, strict=True)]
+
+
+class _Tape:
+    """A step module that remembers what went in and came out."""
+
+    def __init__(self, module: Callable[..., Any], run: DenoisingRun, on_progress: OnProgress) -> None:
+        self._module, self._total, self._on_progress = module, run.num_steps, on_progress
+        self.steps: list[tuple[Feed, Feed]] = []
+
+    def __call__(self, **feed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        self._on_progress(f"reference step {len(self.steps) + 1}/{self._total}")
+        outputs = self._module(**feed)
+        self.steps.append((feed, dict(zip(_OUTPUTS, outputs, strict=True))))
+        return outputs
+
+
+class EngineCandidate:
+    """A loaded bundle."""
+
+    def __init__(self, pipeline: Pipeline, run: DenoisingRun) -> None:
+        self._pipeline, self._run = pipeline, run
+
+    def component(self, name: ComponentName) -> AbstractContextManager[None]:
+        """All engines are loaded."""
+        return nullcontext()
+
+    def captions(self) -> list[Arrays]:
+        """The caption batch of every prompt, from the text-encoder engine."""
+        run = self._run
+        found = {
+            item: self._caption(run.negative_prompt if item == NEGATIVE else run.prompts[item], item == NEGATIVE)
+            for item in run.items("text_encoder")
+        }
+        return [run.caption_batch(found, index) for index in range(len(run.prompts))]
+
+    def _caption(self, text: str, negative: bool) -> Arrays:
+        caption = self._pipeline.encode_caption(text, negative=negative)
+        return {"embeds": from_host(caption.embeds.numpy(), caption.embeds.spec.dtype), "mask": caption.mask}
+
+    def step(self, **feed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """One call of the transformer engine on given inputs."""
+        specs = {spec.name: spec.dtype for spec in self._pipeline.manifest.component("transformer").inputs}
+        arrays = {name: to_host(tensor, specs[name]) for name, tensor in feed.items()}
+        outputs = self._pipeline.run_component("transformer", arrays)
+        return tuple(torch.from_numpy(outputs[name]) for name in _OUTPUTS)
+
+    def decode(self, latent: torch.Tensor) -> Array:
+        """The decoder engine's picture."""
+        return self._pipeline.decode(latent.numpy())
+
+    def paint(self, index: int, captions: Arrays) -> list[Array]:
+        """The latent after every step of the runtime's own loop."""
+        latents: list[Array] = []
+
+        def keep(step: Step) -> None:
+            latents.append(step.next_latent)
+
+        self._pipeline.generate(
+            self._run.prompts[index],
+            self._run.negative_prompt,
+            self._run.seed + index,
+            self._run.num_steps,
+            self._run.guidance_scale,
+            on_step=keep,
+        )
+        return latents
+
+
+class FakeQuantizedCandidate:
+    """The modules with the scales of a quantised graph: what its engines compute, up to the base dtype's rounding."""
+
+    def __init__(self, run: DenoisingRun, quantization: dict[ComponentName, Quantization]) -> None:
+        self._run, self._quantization = run, quantization
+        self._module: nn.Module = nn.Identity()
+
+    @contextmanager
+    def component(self, name: ComponentName) -> Iterator[None]:
+        """Load and fake-quantise a component."""
+        found = self._quantization[name]
+        with self._run.module(name) as module:
+            fake_quantize_in_place(module, self._run.plans[name].prefix, found.rules, found.scales)
+            self._module = module
+            yield
+            self._module = nn.Identity()
+
+    def captions(self) -> list[Arrays]:
+        """The caption batch of every prompt."""
+        return all_captions(self._run, self._module)
+
+    def step(self, **feed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """One call of the transformer on given inputs."""
+        return self._module(**feed)
+
+    def decode(self, latent: torch.Tensor) -> Array:
+        """The decoder's picture."""
+        return self._module(latent).numpy()[0]
+
+    def paint(self, index: int, captions: Arrays) -> list[Array]:
+        """The latent after every step, from the candidate's own captions."""
+        tape = _Tape(self._module, self._run, lambda _: None)
+        for _ in self._run.denoise(tape, captions, index):
+            pass
+        return [outputs["next_latent"].numpy() for _, outputs in tape.steps]
+
+
+def from_host(array: Array, dtype: str) -> Array:
+    """An engine's tensor as fp32; bfloat16 lives on the host as its upper 16 bits."""
+    if dtype == "bfloat16":
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32)
+
+
+def to_host(tensor: torch.Tensor, dtype: str) -> Array:
+    """A tensor as an engine's input of `dtype`."""
+    cast = tensor.to(getattr(torch, dtype))
+    return cast.view(torch.int16).numpy().view(np.uint16) if dtype == "bfloat16" else cast.numpy()
+
+
+def check_components(results: tuple[LadderResult, ...], manifest: Manifest, checkpoint: Checkpoint) -> None:
     """Raise `ParityError` if a component's engine is further from the reference than its dtype explains."""
     blocks = {
         "text_encoder": checkpoint.text_encoder_config["num_hidden_layers"],
         "transformer": checkpoint.transformer_config["num_layers"],
         "vae_decoder": sum(checkpoint.vae_config["decoder_layers_per_block"]),
     }
-    for row, name in zip(result.components, COMPONENTS, strict=True):
-        tolerance.check(row, pipeline.manifest.component(name).dtype, blocks[name])
+    for result in results:
+        for row, name in zip(result.components, COMPONENTS, strict=True):
+            tolerance.check(row, manifest.component(name).dtype, blocks[name])
 
 
-def check_same_weights(pipeline: Pipeline, checkpoint: Checkpoint) -> None:
+def check_same_weights(manifest: Manifest, checkpoint: Checkpoint) -> None:
     """Raise `InputError` unless the bundle was built from this checkpoint's weights."""
     for name in COMPONENTS:
-        recorded, found = pipeline.manifest.component(name).weights_sha256, checkpoint.digest(name)
+        recorded, found = manifest.component(name).weights_sha256, checkpoint.digest(name)
         if recorded != found:
             raise InputError(
                 f"the bundle's {name} was not built from {checkpoint.source}",
                 received=f"weights {found[:12]}…",
-                expected=f"weights {recorded[:12]}…, from {pipeline.manifest.model.source}",
+                expected=f"weights {recorded[:12]}…, from {manifest.model.source}",
                 action="name the checkpoint the bundle was built from: --checkpoint MODEL",
             )
-
-
-class _Reference:
-    """The PyTorch side: fp32 modules, and the pipeline's own tokenizer and schedule."""
-
-    def __init__(self, pipeline: Pipeline, checkpoint: Checkpoint, settings: Settings) -> None:
-        manifest = pipeline.manifest
-        plans = plan_components(checkpoint, "fp32", manifest.height, manifest.width, manifest.tokenizer.padded_length)
-        self._plans: dict[ComponentName, ComponentPlan] = {plan.name: plan for plan in plans}
-        self._pipeline, self._checkpoint, self._settings = pipeline, checkpoint, settings
-        self._embedded = checkpoint.guidance == "embedded"
-        self.table: StepTable = step_table(manifest.scheduler, settings.num_steps)
-
-    @contextmanager
-    def module(self, name: ComponentName) -> Iterator[nn.Module]:
-        """A component with its weights, freed afterwards."""
-        module = loaded_module(self._plans[name], self._checkpoint)
-        with torch.inference_mode():
-            yield module
-        del module
-        gc.collect()
-
-    def captions(self, encoder: nn.Module) -> _Captions:
-        """The transformer's caption batch, [negative, positive] or [positive]."""
-        texts = [(self._settings.prompt, False)]
-        if not self._embedded:
-            texts.insert(0, (self._settings.negative_prompt, True))
-        embeds, masks = [], []
-        for text, negative in texts:
-            tokens = self._pipeline.tokenize(text, negative=negative)
-            rows = encoder(torch.from_numpy(tokens.caption_tokens), torch.from_numpy(tokens.caption_mask))
-            selected = np.r_[0, tokens.tail_start : tokens.tail_start + 299]
-            embeds.append(rows.numpy()[:, selected])
-            masks.append(tokens.caption_mask[:, selected])
-        return _Captions(np.concatenate(embeds), np.concatenate(masks))
-
-    def denoise(self, module: nn.Module, captions: _Captions, on_progress: OnProgress) -> list[dict[str, Array]]:
-        """Every step's outputs, from the same draws of noise as the candidate."""
-        generator = seeded_generator(self._settings.seed)
-        shape = self._pipeline.latent_shape
-        latent = torch.from_numpy(draw_noise(generator, shape) * np.float32(self.table.initial_scale))
-        previous_x0 = torch.zeros(shape)
-        trace = []
-        for index in range(len(self.table)):
-            on_progress(f"reference step {index + 1}/{len(self.table)}")
-            if self.table.fresh_noise:
-                previous_x0 = torch.from_numpy(draw_noise(generator, shape))
-            outputs = module(latent, previous_x0, **self._conditions(index, captions))
-            latent, x0, velocity = outputs
-            previous_x0 = previous_x0 if self.table.fresh_noise else x0
-            names = ("next_latent", "x0", "velocity")
-            trace.append({name: tensor.numpy() for name, tensor in zip(names, (latent, x0, velocity), strict=True)})
-        return trace
-
-    def _conditions(self, index: int, captions: _Captions) -> dict[str, torch.Tensor]:
-        table = self.table
-        conditions = {
-            "caption_embeds": torch.from_numpy(captions.embeds),
-            "caption_mask": torch.from_numpy(captions.mask),
-            "timestep": torch.tensor(float(table.timesteps[index])),
-            "step_coefficients": torch.tensor(table.coefficients[index], dtype=torch.float32),
-        }
-        if self._embedded:
-            return {**conditions, "guidance_embeds": torch.tensor(self._settings.guidance_scale)}
-        scale = self._settings.guidance_scale if self._settings.guidance_scale > 1 else 1.0
-        sigma = torch.tensor(float(table.sigmas[index]))
-        return {**conditions, "sigma": sigma, "guidance_scale": torch.tensor(scale)}
-
-
-def _caption_parity(pipeline: Pipeline, settings: Settings, captions: _Captions) -> Parity:
-    """Only rows that the transformer attends to: padding rows are masked out."""
-    caption = pipeline.encode_caption(settings.prompt)
-    valid = caption.mask[0].astype(bool)
-    candidate = _wide(caption.embeds)[0][valid]
-    return measure("text_encoder", "caption_embeds", candidate, captions.embeds[-1][valid])
-
-
-def _first_velocity_parity(trace: list[dict[str, Array]], latents: list[dict[str, Array]]) -> Parity:
-    """Step 1 is the one whose latent is the same on both sides."""
-    row = measure("transformer", "velocity", trace[0]["velocity"], latents[0]["velocity"])
-    return replace(row, stage="transformer (step 1)")
-
-
-def _wide(tensor: DeviceTensor) -> Array:
-    """A tensor as fp32; bfloat16 arrives on the host as its upper 16 bits."""
-    array = tensor.numpy()
-    if tensor.spec.dtype == "bfloat16":
-        return (array.astype(np.uint32) << 16).view(np.float32)
-    return array.astype(np.float32)
-
-
-def _outputs(step: Step) -> dict[str, Array]:
-    return {"next_latent": step.next_latent, "x0": step.x0, "velocity": step.velocity}

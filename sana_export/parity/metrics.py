@@ -21,6 +21,11 @@ class Parity:
     psnr_db: float
     worst_index: tuple[int, ...]
 
+    @property
+    def sqnr_db(self) -> float:
+        """Signal to error ratio in dB, infinite if equal."""
+        return -20 * math.log10(self.relative_rms) if self.relative_rms else math.inf
+
 
 def measure(stage: str, tensor: str, candidate: npt.ArrayLike, reference: npt.ArrayLike) -> Parity:
     """Compare two arrays of one shape, in float64.
@@ -44,6 +49,17 @@ def measure(stage: str, tensor: str, candidate: npt.ArrayLike, reference: npt.Ar
         float(np.vdot(left, right)) / norms if norms else float(mean_square == 0),
         10 * math.log10(peak**2 / mean_square) if mean_square and peak else math.inf,
         tuple(int(i) for i in np.unravel_index(int(error.argmax()), error.shape)),
+    )
+
+
+def ssim(candidate: npt.NDArray, reference: npt.NDArray) -> float:
+    """Structural similarity (0..1) of two pictures [H, W, 3] uint8, with the Gaussian window of the original paper."""
+    from skimage.metrics import structural_similarity
+
+    return float(
+        structural_similarity(
+            candidate, reference, channel_axis=-1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+        )
     )
 
 

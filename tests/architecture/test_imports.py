@@ -10,7 +10,7 @@ BLOCKED_IMPORTS = """
 import importlib, pkgutil, sys
 from pathlib import Path
 
-BLOCKED = {"torch", "triton", "onnx", "transformers", "diffusers", "sana_export", "sana_kernels"}
+BLOCKED = {"torch", "triton", "onnx", "transformers", "diffusers", "sana_export", "sana_kernels", "sana_plugins"}
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):

@@ -16,7 +16,7 @@ else:
 
 ROOT = Path(__file__).resolve().parents[2]
 # The import packages of each distribution. A new package is one more name here and in its pyproject.toml.
-DISTRIBUTIONS = {".": {"sana_export", "sana_kernels"}, "runtime": {"sana_runtime"}}
+DISTRIBUTIONS = {".": {"sana_calibration", "sana_export", "sana_kernels", "sana_plugins"}, "runtime": {"sana_runtime"}}
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import onnx.parser
 import pytest
 
 import sana_export.build
+import sana_export.stages
 from sana_export.build import build
 from sana_export.build_request import BuildRequest
 from sana_export.bundle import RECORD_NAME, open_staging, read_build_record
@@ -37,11 +38,12 @@ def small_export(
     outputs: object,
     path: Path,
     on_weight: object,
+    quantization: object = None,
 ) -> ExportReport:
     """Stands in for the exporter, which other tests run: these are about stages, files and failures."""
     onnx.save(onnx.parser.parse_model(_IDENTITY), path)
     (path.parent / WEIGHTS_FILE).write_bytes(b"weights")
-    return ExportReport({}, 1, 7)
+    return ExportReport({"linear_attention_function": 0}, 1, 7)
 
 
 _IDENTITY = '<ir_version: 10, opset_import: ["": 22]> g (float[1] x) => (float[1] y) { y = Identity(x) }'
@@ -49,7 +51,7 @@ _IDENTITY = '<ir_version: 10, opset_import: ["": 22]> g (float[1] x) => (float[1
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sana_export.build, "export_component", small_export)
+    monkeypatch.setattr(sana_export.stages, "export_component", small_export)
 
 
 @pytest.fixture
@@ -210,10 +212,10 @@ def test_a_full_disk(rebuild: BuildRequest, monkeypatch: pytest.MonkeyPatch, err
     def full(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(sana_export.build, "export_component", full)
+    monkeypatch.setattr(sana_export.stages, "export_component", full)
     with pytest.raises(BuildError, match="no space left"):
         run(replace(rebuild, width=96))
-    monkeypatch.setattr(sana_export.build, "export_component", small_export)
+    monkeypatch.setattr(sana_export.stages, "export_component", small_export)
     assert read_manifest(rebuild.output).digest == before
     run(replace(rebuild, width=96))
     assert_whole(rebuild.output)
@@ -240,7 +242,7 @@ def test_an_output_with_other_content_is_not_touched(request_64: BuildRequest) -
         ({"height": 1000}, InputError, "1000 pixels.*multiple of 32.*--height 992"),
         ({"width": 0}, InputError, "0 pixels"),
         ({"width": 8192}, InputError, "8192 pixels"),
-        ({"precision": "fp7"}, InputError, "unknown precision.*fp7.*fp32 or bf16 or fp16"),
+        ({"precision": "fp7"}, InputError, "unknown precision.*fp7.*fp32 or bf16 or fp16 or fp8"),
         ({"targets": ("tensorflow",)}, InputError, "unknown target"),
         ({"components": ("unet",)}, InputError, "unknown component"),
         ({"targets": ()}, InputError, "nothing to build"),

@@ -230,7 +230,7 @@ def test_killed_compiler_is_one_error(onnx: Path, tmp_path: Path, number: signal
 @pytest.mark.usefixtures("rtx")
 def test_full_disk_is_one_error(onnx: Path, tmp_path: Path) -> None:
     # What the worker opens leads to a device that is always full.
-    (tmp_path / f".p.plan.{os.getpid()}.partial").symlink_to("/dev/full")
+    (tmp_path / f".p.plan.{os.getpid()}-{threading.get_ident()}.partial").symlink_to("/dev/full")
     with pytest.raises(BuildError, match="no space left"):
         build_plan(onnx, tmp_path / "p.plan", "tensorrt-rtx")
     assert files_of(tmp_path) == {"tiny.onnx"}

@@ -2,18 +2,28 @@
 
 `torch.ops.sana.linear_attention` runs the Triton kernels on CUDA tensors where Triton can be imported, and the
 reference everywhere else; its backward follows the same rule. `torch.ops.sana.linear_attention_triton` is the
-Triton path alone, open to torch.compile and AOTInductor (registered by `triton_ops`, imported on first use).
+Triton path alone, open to torch.compile and AOTInductor.
 """
 
 import functools
-import importlib
-import importlib.util
-from types import ModuleType
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from sana_kernels.linear_attention.reference import linear_attention_backward_reference, linear_attention_reference
+from sana_kernels.linear_attention.autograd import gradients, setup_context
+from sana_kernels.linear_attention.reference import (
+    linear_attention_backward_reference,
+    linear_attention_reference,
+)
+
+# At import, not on first use: torch.compile cannot trace an import.
+try:
+    from sana_kernels.linear_attention import triton as kernels
+    from sana_kernels.linear_attention import triton_ops
+except ImportError as error:
+    TRITON_PROBLEM: str | None = f"triton cannot be imported ({error})"
+else:
+    TRITON_PROBLEM = None
 
 Impl = Literal["reference", "triton"]
 
@@ -39,7 +49,7 @@ def _(
     eps: float,
     norm_eps: float,
 ) -> torch.Tensor:
-    forward = _triton().forward if has_triton() else linear_attention_reference
+    forward = linear_attention_reference if TRITON_PROBLEM else kernels.forward
     return forward(qkv, norm_q_weight, norm_k_weight, head_dim, eps, norm_eps)
 
 
@@ -65,9 +75,7 @@ def _linear_attention_backward(
     eps: float,
     norm_eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return linear_attention_backward_reference(
-        grad, qkv, norm_q_weight, norm_k_weight, head_dim, eps, norm_eps
-    )
+    return linear_attention_backward_reference(grad, qkv, norm_q_weight, norm_k_weight, head_dim, eps, norm_eps)
 
 
 @_linear_attention_backward.register_kernel("cuda")
@@ -80,7 +88,7 @@ def _(
     eps: float,
     norm_eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    backward = _triton().backward if has_triton() else linear_attention_backward_reference
+    backward = linear_attention_backward_reference if TRITON_PROBLEM else kernels.backward
     return backward(grad, qkv, norm_q_weight, norm_k_weight, head_dim, eps, norm_eps)
 
 
@@ -94,22 +102,10 @@ def _(
     eps: float,
     norm_eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    weights = [qkv.new_empty(0) if w is None else torch.empty_like(w) for w in (norm_q_weight, norm_k_weight)]
-    return torch.empty_like(qkv, memory_format=torch.contiguous_format), *weights
-
-
-def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    """Keep what the backward op needs: the inputs. It computes the state again."""
-    qkv, norm_q_weight, norm_k_weight, *ctx.numbers = inputs
-    ctx.save_for_backward(qkv, norm_q_weight, norm_k_weight)
-
-
-def gradients(backward: Any, ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """One gradient per argument of the op, computed by `backward`."""
-    qkv, norm_q_weight, norm_k_weight = ctx.saved_tensors
-    grad_qkv, grad_q, grad_k = backward(grad, qkv, norm_q_weight, norm_k_weight, *ctx.numbers)
-    without = norm_q_weight is None
-    return grad_qkv, None if without else grad_q, None if without else grad_k, None, None, None
+    grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    if norm_q_weight is None or norm_k_weight is None:
+        return grad_qkv, qkv.new_empty(0), qkv.new_empty(0)
+    return grad_qkv, torch.empty_like(norm_q_weight), torch.empty_like(norm_k_weight)
 
 
 _linear_attention.register_autograd(
@@ -141,8 +137,12 @@ def linear_attention(
     if impl == "reference":
         return linear_attention_reference(*arguments)
     if impl == "triton":
-        _triton().check_support(qkv, head_dim)
-        return _ops().linear_attention_triton(*arguments)
+        if TRITON_PROBLEM:
+            raise ValueError(
+                f"linear_attention: impl='triton', but {TRITON_PROBLEM}. Use impl='reference', or pip install triton."
+            )
+        kernels.check_support(qkv, head_dim)
+        return triton_ops.linear_attention_triton(*arguments)
     return _linear_attention(*arguments)
 
 
@@ -157,33 +157,12 @@ def _check(
         raise ValueError(f"linear_attention: impl must be 'reference', 'triton' or None, got {impl!r}")
     if qkv.ndim != 3 or qkv.shape[-1] % (3 * head_dim):
         raise ValueError(
-            f"linear_attention: qkv must be [B, N, 3C] with C a multiple of head_dim={head_dim}, "
-            f"got {tuple(qkv.shape)}"
+            f"linear_attention: qkv must be [B, N, 3C] with C a multiple of head_dim={head_dim}, got {tuple(qkv.shape)}"
         )
     if (norm_q_weight is None) != (norm_k_weight is None):
         raise ValueError("linear_attention: norm_q_weight and norm_k_weight must be given together")
     for weight in (norm_q_weight, norm_k_weight):
         if weight is not None and tuple(weight.shape) != (qkv.shape[-1] // 3,):
             raise ValueError(
-                f"linear_attention: norm weights must be [C] with C={qkv.shape[-1] // 3}, "
-                f"got {tuple(weight.shape)}"
+                f"linear_attention: norm weights must be [C] with C={qkv.shape[-1] // 3}, got {tuple(weight.shape)}"
             )
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Whether Triton is installed. Whether it can run given tensors, `impl="triton"` says by raising."""
-    return importlib.util.find_spec("triton") is not None
-
-
-def _triton() -> ModuleType:
-    if not has_triton():
-        raise ValueError(
-            "linear_attention: impl='triton' needs the package triton, which is not installed. "
-            "Use impl='reference', or pip install triton."
-        )
-    return importlib.import_module("sana_kernels.linear_attention.triton")
-
-
-def _ops() -> ModuleType:
-    return importlib.import_module("sana_kernels.linear_attention.triton_ops")

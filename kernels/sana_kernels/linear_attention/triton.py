@@ -23,7 +23,8 @@ import triton.language as tl
 HEAD_DIMS = (16, 32, 64)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Under TRITON_INTERPRET=1 kernels run on CPU tensors, slowly.
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+ON_CPU = bool(triton.knobs.runtime.interpret)
+INTERPRETED = tl.constexpr(ON_CPU)
 
 
 # --- Device code ---
@@ -51,6 +52,12 @@ def _accumulate(columns, rows, total):
         columns = columns.to(tl.float32)
         rows = rows.to(tl.float32)
     return tl.dot(columns, rows, total, input_precision="ieee")
+
+
+@triton.jit
+def _fp32(number):
+    """A scalar argument in fp32: torch.compile passes Python's floats as fp64, which would spread."""
+    return tl.cast(number, tl.float32)
 
 
 @triton.jit
@@ -102,9 +109,7 @@ def _store_part(parts_ptr, sequence, split, splits, state, mass, HEAD_DIM: tl.co
 
 
 @triton.jit
-def key_rms_kernel(
-    qkv_ptr, key_scale_ptr, rows, channels, norm_eps, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr
-):
+def key_rms_kernel(qkv_ptr, key_scale_ptr, rows, channels, norm_eps, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
     """key_scale[row] = 1 / sqrt(mean(k^2) + norm_eps) over all C channels of each of the B*N rows."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, BLOCK_C)
@@ -114,7 +119,7 @@ def key_rms_kernel(
         inside = (row < rows)[:, None] & (start + column < channels)[None, :]
         key = tl.load(key_ptrs + start, mask=inside, other=0.0).to(tl.float32)
         squares += key * key
-    scale = 1.0 / tl.sqrt(tl.sum(squares, axis=1) / channels + norm_eps)
+    scale = 1.0 / tl.sqrt(tl.sum(squares, axis=1) / channels + _fp32(norm_eps))
     tl.store(key_scale_ptr + row, scale, mask=row < rows)
 
 
@@ -193,7 +198,7 @@ def apply_kernel(
     for start in range(0, stop, BLOCK_N):
         inside = (start + n < stop)[:, None]
         query = _signed_relu(tl.load(query_ptrs, mask=inside, other=0.0), weight, QK_NORM)
-        denominator = tl.sum(query.to(tl.float32) * mass[None, :], axis=1) + eps
+        denominator = tl.sum(query.to(tl.float32) * mass[None, :], axis=1) + _fp32(eps)
         out = _dot(query, state) / denominator[:, None]
         tl.store(out_ptrs, out.to(query.dtype), mask=inside)
         query_ptrs += BLOCK_N * 3 * channels
@@ -241,7 +246,7 @@ def query_backward_kernel(
         grad = tl.load(grad_ptrs, mask=inside, other=0.0)
         query = _signed_relu(raw, weight, QK_NORM)
         wide = query.to(tl.float32)
-        scale = 1.0 / (tl.sum(wide * (mass * size)[None, :], axis=1) + eps)
+        scale = 1.0 / (tl.sum(wide * (mass * size)[None, :], axis=1) + _fp32(eps))
         numerator = _dot(query, state * size[:, None])
         along = tl.sum(grad.to(tl.float32) * numerator, axis=1) * scale  # grad . out
         # With respect to ReLU's output; masked rows have grad = 0 and a finite scale.
@@ -257,9 +262,7 @@ def query_backward_kernel(
         grad_ptrs += BLOCK_N * channels
     part_splits = tl.num_programs(1)
     grad_mass = tl.sum(grad_masses, axis=0) * size
-    _store_part(
-        grad_parts_ptr, sequence, split, part_splits, grad_state * size[:, None], grad_mass, HEAD_DIM
-    )
+    _store_part(grad_parts_ptr, sequence, split, part_splits, grad_state * size[:, None], grad_mass, HEAD_DIM)
     if QK_NORM:
         weight_row = (batch * part_splits + split) * channels + head * HEAD_DIM
         tl.store(grad_weight_ptr + weight_row + d, tl.sum(grad_weights, axis=0))
@@ -389,12 +392,19 @@ class Tilings:
 
 
 def tilings(itemsize: int, head_dim: int) -> Tilings:
-    """Chosen by measurement on an H100 (README.md); larger heads and elements take fewer rows."""
-    wide = 2 if itemsize * head_dim > 64 else 1
+    """What was fastest of those tried on one H100 for head_dim 32; wider heads and elements take fewer rows."""
+    wide = max(1, itemsize * head_dim // 64)
+    backward = Tiling(max(16, 128 // wide), 1152, num_warps=4, num_stages=2)
+    if itemsize == 4:
+        return Tilings(
+            state=Tiling(128 // wide, 576, num_warps=4, num_stages=1),
+            apply=Tiling(128 // wide, 576, num_warps=8, num_stages=1),
+            backward=backward,
+        )
     return Tilings(
-        state=Tiling(128 // wide, 288, num_warps=4, num_stages=2),
-        apply=Tiling(128 // wide, 576, num_warps=4, num_stages=2),
-        backward=Tiling(64 // wide, 288, num_warps=4, num_stages=1),
+        state=Tiling(64 // wide, 288, num_warps=4, num_stages=3),
+        apply=Tiling(64 // wide, 576, num_warps=4, num_stages=3),
+        backward=backward,
     )
 
 
@@ -412,7 +422,7 @@ def check_support(qkv: torch.Tensor, head_dim: int) -> None:
         problem = f"needs head_dim in {HEAD_DIMS}, got {head_dim}"
     elif qkv.dtype not in DTYPES:
         problem = f"needs float32, bfloat16 or float16, got {qkv.dtype}"
-    elif qkv.device.type != "cuda" and not INTERPRETED.value:
+    elif qkv.device.type != "cuda" and not ON_CPU:
         problem = f"needs a CUDA tensor, got one on {qkv.device.type}"
     if problem:
         raise UnsupportedByTriton(f"linear_attention: impl='triton' {problem}. Use impl='reference'.")
@@ -472,9 +482,7 @@ def backward(
     query_tensors = (call.qkv, grad.contiguous(), call.norm_q_weight, parts)
     query_outputs = (grad_qkv, grad_parts, weight_parts[0])
     sizes = (call.tokens, call.channels, rows)
-    call.launch(
-        query_backward_kernel, grid, tiling, (*query_tensors, *query_outputs, *sizes, splits, eps)
-    )
+    call.launch(query_backward_kernel, grid, tiling, (*query_tensors, *query_outputs, *sizes, splits, eps))
     row_dots = call.new_fp32(call.batch * call.tokens, call.heads if call.qk_norm else 0)
     key_tensors = (call.qkv, call.key_scale, call.norm_k_weight, grad_parts)
     key_outputs = (grad_qkv, weight_parts[1], row_dots)
@@ -552,9 +560,7 @@ class _Call:
         splits, rows = tiling.split(self.tokens, self.sequences)
         parts = self.new_parts(splits)
         tensors = (self.qkv, self.key_scale, self.norm_k_weight, parts)
-        self.launch(
-            state_kernel, (self.sequences, splits), tiling, (*tensors, self.tokens, self.channels, rows)
-        )
+        self.launch(state_kernel, (self.sequences, splits), tiling, (*tensors, self.tokens, self.channels, rows))
         return parts, splits
 
     def launch(self, kernel: Any, grid: tuple[int, int], tiling: Tiling, arguments: tuple[Any, ...]) -> None:
@@ -601,4 +607,4 @@ class _Call:
 
 def _launcher(kernel: Any) -> Any:
     """The kernel as torch.compile and AOTInductor can see it; Triton's interpreter takes it as it is."""
-    return kernel if INTERPRETED.value else torch.library.wrap_triton(kernel)
+    return kernel if ON_CPU else torch.library.wrap_triton(kernel)

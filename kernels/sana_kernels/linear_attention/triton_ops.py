@@ -5,7 +5,7 @@ import functools
 import torch
 
 from sana_kernels.linear_attention import triton as kernels
-from sana_kernels.linear_attention.api import gradients, setup_context
+from sana_kernels.linear_attention.autograd import gradients, setup_context
 
 
 @torch.library.triton_op("sana::linear_attention_triton", mutates_args=())

@@ -1,0 +1,1 @@
+"""Which layers are quantised, how, and with which scales: recipes, observers, fake quantisation."""

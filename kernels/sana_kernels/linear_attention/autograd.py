@@ -1,0 +1,19 @@
+"""How an op with the arguments of `linear_attention` finds its gradients."""
+
+from typing import Any
+
+import torch
+
+
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    """Keep what the backward op needs: the inputs. It computes the state again."""
+    qkv, norm_q_weight, norm_k_weight, *ctx.numbers = inputs
+    ctx.save_for_backward(qkv, norm_q_weight, norm_k_weight)
+
+
+def gradients(backward: Any, ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """One gradient per argument of the op, computed by `backward`."""
+    qkv, norm_q_weight, norm_k_weight = ctx.saved_tensors
+    grad_qkv, grad_q, grad_k = backward(grad, qkv, norm_q_weight, norm_k_weight, *ctx.numbers)
+    without = norm_q_weight is None
+    return grad_qkv, None if without else grad_q, None if without else grad_k, None, None, None

@@ -1,0 +1,160 @@
+"""Inputs, an fp64 oracle and derived tolerances for linear attention; the tests and the benchmark use them."""
+
+from dataclasses import dataclass
+
+import torch
+
+from sana_kernels.linear_attention.api import Impl, linear_attention
+from sana_kernels.linear_attention.reference import (
+    linear_attention_backward_reference,
+    linear_attention_reference,
+)
+
+EPS = 1e-15
+NORM_EPS = 1e-5
+# What a result may lose at the least: one fp32 rounding, or that of a product of tf32 pairs (README.md).
+_LEAST_LOSS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-20, torch.float16: 2.0**-20}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem: qkv [batch, tokens, 3 * channels]."""
+
+    batch: int
+    tokens: int
+    channels: int
+    head_dim: int = 32
+    dtype: torch.dtype = torch.bfloat16
+    qk_norm: bool = False
+
+    def __str__(self) -> str:
+        norm = "-qknorm" if self.qk_norm else ""
+        return f"b{self.batch}-n{self.tokens}-c{self.channels}-d{self.head_dim}-{dtype_name(self.dtype)}{norm}"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Tensors of a case; `grad` is the gradient of the output."""
+
+    qkv: torch.Tensor
+    norm_q_weight: torch.Tensor | None
+    norm_k_weight: torch.Tensor | None
+    grad: torch.Tensor
+
+    def double(self) -> "Inputs":
+        """The same values in fp64."""
+        q, k = (w if w is None else w.double() for w in (self.norm_q_weight, self.norm_k_weight))
+        return Inputs(self.qkv.double(), q, k, self.grad.double())
+
+
+@dataclass(frozen=True)
+class Finding:
+    """How far one result is from the oracle, in relative RMS, and how far it may be."""
+
+    name: str
+    relative_rms: float
+    bound: float
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "bfloat16" for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
+    """Random normal tensors, fresh for every seed; norm weights of both signs around one."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    qkv = normal(case.batch, case.tokens, 3 * case.channels).to(case.dtype)
+    grad = normal(case.batch, case.tokens, case.channels).to(case.dtype)
+    if not case.qk_norm:
+        return Inputs(qkv, None, None, grad)
+    norm_q, norm_k = ((1 + normal(case.channels)).to(case.dtype) for _ in "qk")
+    return Inputs(qkv, norm_q, norm_k, grad)
+
+
+def oracle(inputs: Inputs, head_dim: int) -> dict[str, torch.Tensor]:
+    """The result and every gradient in fp64, by autograd. Written apart from the reference on purpose."""
+    wide = inputs.double()
+    leaves = [x.requires_grad_() for x in (wide.qkv, wide.norm_q_weight, wide.norm_k_weight) if x is not None]
+    query, key, value = leaves[0].chunk(3, dim=-1)
+    if inputs.norm_q_weight is not None:
+        query, key = (
+            torch.nn.functional.rms_norm(x, x.shape[-1:], w, NORM_EPS)
+            for x, w in zip((query, key), leaves[1:], strict=True)
+        )
+    q, k, v = (x.unflatten(-1, (-1, head_dim)) for x in (query.relu(), key.relu(), value))
+    numerator = torch.einsum("bnhd,bhde->bnhe", q, torch.einsum("bnhd,bnhe->bhde", k, v))
+    denominator = torch.einsum("bnhd,bhd->bnh", q, k.sum(1)) + EPS
+    out = (numerator / denominator[..., None]).flatten(2)
+    grads = torch.autograd.grad(out, leaves, wide.grad)
+    return {"out": out.detach(), **dict(zip(("grad_qkv", "grad_q_weight", "grad_k_weight"), grads, strict=False))}
+
+
+def reference_results(inputs: Inputs, head_dim: int) -> dict[str, torch.Tensor]:
+    """The same tensors from the reference, in the dtype of the inputs."""
+    arguments = (inputs.qkv, inputs.norm_q_weight, inputs.norm_k_weight, head_dim, EPS, NORM_EPS)
+    grads = linear_attention_backward_reference(inputs.grad, *arguments)
+    return _named(linear_attention_reference(*arguments), grads)
+
+
+def candidate_results(inputs: Inputs, head_dim: int, impl: Impl | None) -> dict[str, torch.Tensor]:
+    """The same tensors from the public function and autograd."""
+    weights = [w for w in (inputs.norm_q_weight, inputs.norm_k_weight) if w is not None]
+    leaves = [x.detach().requires_grad_() for x in (inputs.qkv, *weights)]
+    out = linear_attention(*leaves, head_dim=head_dim, eps=EPS, norm_eps=NORM_EPS, impl=impl)
+    return _named(out.detach(), torch.autograd.grad(out, leaves, inputs.grad))
+
+
+def _named(out: torch.Tensor, grads: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+    names = ("grad_qkv", "grad_q_weight", "grad_k_weight")
+    return {"out": out, **{name: x for name, x in zip(names, grads, strict=False) if x.numel()}}
+
+
+def relative_rms(candidate: torch.Tensor, exact: torch.Tensor) -> float:
+    """RMS of the difference over RMS of `exact`; NaN in the candidate gives NaN."""
+    return float((candidate.double() - exact.double()).norm() / exact.double().norm())
+
+
+def compare(
+    candidate: dict[str, torch.Tensor],
+    reference: dict[str, torch.Tensor],
+    exact: dict[str, torch.Tensor],
+    *,
+    allowance: float = 1.0,
+) -> list[Finding]:
+    """Hold every tensor to twice what the reference loses, or twice the least that the dtype can lose.
+
+    `allowance` widens the bound where the caller can say why. Raises AssertionError naming the tensor, the
+    largest difference and its index.
+    """
+    assert candidate.keys() == exact.keys(), f"{sorted(candidate)} instead of {sorted(exact)}"
+    findings = []
+    for name, wanted in exact.items():
+        loss = max(relative_rms(reference[name], wanted), _LEAST_LOSS[reference[name].dtype])
+        finding = Finding(name, relative_rms(candidate[name], wanted), 2 * allowance * loss)
+        findings.append(finding)
+        if not finding.relative_rms <= finding.bound:  # also when NaN
+            raise AssertionError(_difference(finding, candidate[name], wanted))
+    return findings
+
+
+def _difference(finding: Finding, candidate: torch.Tensor, exact: torch.Tensor) -> str:
+    difference = (candidate.double() - exact).abs().nan_to_num(nan=torch.inf)
+    worst = tuple(int(i) for i in torch.unravel_index(difference.argmax(), difference.shape))
+    return (
+        f"{finding.name}: relative RMS {finding.relative_rms:.3e} > {finding.bound:.3e}; "
+        f"max abs {float(difference.max()):.3e} at {worst}: "
+        f"{float(candidate[worst]):.9g} instead of {float(exact[worst]):.9g}"
+    )
+
+
+def verify(case: Case, device: str, impl: Impl | None, *, seed: int = 0, allowance: float = 1.0) -> list[Finding]:
+    """Compare forward and backward of `impl` with the oracle on fresh inputs. Raises AssertionError."""
+    inputs = make_inputs(case, device, seed)
+    exact = oracle(inputs, case.head_dim)
+    reference = reference_results(inputs, case.head_dim)
+    return compare(candidate_results(inputs, case.head_dim, impl), reference, exact, allowance=allowance)

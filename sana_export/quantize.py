@@ -1,0 +1,175 @@
+"""What a quantised build adds: the recipe's verdict on every layer, the calibration, the report and the gate."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from sana_calibration.layers import exclusions_of, layers_of
+from sana_calibration.prompts import load_prompts
+from sana_calibration.recipe import load_recipe
+from sana_calibration.rules import Gate, LayerRule, Recipe
+from sana_calibration.scales import Scales
+from sana_export.build_request import BuildRequest
+from sana_export.calibration_run import DenoisingRun, calibrate, rules_of
+from sana_export.components import ComponentPlan, parameters_on_meta
+from sana_export.graph.passes.insert_qdq import Quantization, QuantizationReport
+from sana_export.parity.ladder import FakeQuantizedCandidate, LadderResult, climb
+from sana_export.weights.checkpoint import Checkpoint
+from sana_runtime.contract import DTYPE_OF_PRECISION, ComponentName, PrecisionName, TargetName
+from sana_runtime.errors import TargetError
+from sana_runtime.manifest import GateEntry
+
+# The gate paints this many of the calibration's prompts twice.
+GATE_PROMPTS = 2
+_PRECISION_OF_DTYPE: dict[str, PrecisionName] = {dtype: name for name, dtype in DTYPE_OF_PRECISION.items()}  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class QuantizedBuild:
+    """A request's recipe, with what it says of every layer of every component."""
+
+    recipe: Recipe
+    prompts: tuple[str, ...]
+    rules: Mapping[ComponentName, Mapping[str, LayerRule]]
+    exclusions: Mapping[ComponentName, Mapping[str, str]]
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether any layer's activations are quantised."""
+        return any(rule.activation_dtype for rules in self.rules.values() for rule in rules.values())
+
+    def quantization(self, component: ComponentName, scales: Scales | None) -> Quantization:
+        """What the graph pass needs for one component."""
+        return Quantization(self.rules[component], scales.component(component) if scales else {})
+
+
+def recipe_of(request: BuildRequest) -> Recipe | None:
+    """The recipe of a quantised request, with the base precision asked for; None for fp32, bf16 and fp16.
+
+    Raises `TargetError` where a target cannot compute what the recipe asks for.
+    """
+    name = request.recipe_name
+    if name is None:
+        return None
+    recipe = load_recipe(name)
+    if request.base_precision is not None:
+        recipe = replace(recipe, base_dtype=DTYPE_OF_PRECISION[request.base_precision])  # type: ignore[arg-type]
+    for target in request.targets:
+        _check_target(recipe, target)
+    return recipe
+
+
+def base_precision(recipe: Recipe) -> PrecisionName:
+    """The precision of what a recipe does not quantise."""
+    return _PRECISION_OF_DTYPE[recipe.base_dtype]
+
+
+def prepare(recipe: Recipe, request: BuildRequest, plans: tuple[ComponentPlan, ...]) -> QuantizedBuild:
+    """Resolve the recipe on the components to build. Raises `InputError` for a recipe that does not fit them."""
+    prompts = load_prompts(request.calibration.prompts)[: request.calibration.num_prompts]
+    exclusions: dict[ComponentName, Mapping[str, str]] = {}
+    for plan in plans:
+        with parameters_on_meta():
+            layers = layers_of(plan.make(), plan.prefix)
+        exclusions[plan.name] = exclusions_of(recipe, plan.name, layers)
+    return QuantizedBuild(recipe, tuple(prompts), {plan.name: rules_of(recipe, plan) for plan in plans}, exclusions)
+
+
+def run_calibration(
+    checkpoint: Checkpoint,
+    build: QuantizedBuild,
+    request: BuildRequest,
+    work_folder: Path,
+    on_progress: Callable[[float, str], None],
+) -> Scales:
+    """Calibrate at the request's size, reduced to its calibration side, or read the cache it names."""
+    height, width = calibration_size(request)
+    return calibrate(
+        checkpoint,
+        build.recipe,
+        build.prompts,
+        seed=request.calibration.seed,
+        num_steps=request.calibration.num_steps,
+        height=height,
+        width=width,
+        work_folder=work_folder,
+        on_progress=on_progress,
+    )
+
+
+def calibration_size(request: BuildRequest) -> tuple[int, int]:
+    """The picture's size in pixels, scaled down until no side is longer than the calibration side; multiples of 32."""
+    longest = max(request.height, request.width)
+    factor = min(1.0, request.calibration.side / longest)
+    return tuple(max(32, round(side * factor / 32) * 32) for side in (request.height, request.width))  # type: ignore[return-value]
+
+
+def run_gate(
+    checkpoint: Checkpoint,
+    build: QuantizedBuild,
+    scales: Scales | None,
+    request: BuildRequest,
+    work_folder: Path,
+    on_progress: Callable[[str], None],
+) -> tuple[GateEntry, tuple[LadderResult, ...]]:
+    """Paint a few prompts with the fake-quantised modules and with the unquantised ones, from the same noise."""
+    height, width = calibration_size(request)
+    settings = request.calibration
+    prompts = build.prompts[:GATE_PROMPTS]
+    run = DenoisingRun(checkpoint, prompts, settings.seed, settings.num_steps, height, width, work_folder)
+    candidate = FakeQuantizedCandidate(run, {name: build.quantization(name, scales) for name in build.rules})
+    results = climb(run, candidate, on_progress)
+    return gate_entry(build.recipe.gate, results, settings.num_steps), results
+
+
+def gate_entry(gate: Gate, results: tuple[LadderResult, ...], num_steps: int) -> GateEntry:
+    """The worst figures over all prompts, and whether they pass. Infinite figures (equal pictures) become 999 dB."""
+    sqnr = min(result.min_velocity_sqnr_db for result in results)
+    psnr = min(result.picture.psnr_db for result in results)
+    similarity = min(result.ssim for result in results)
+    passed = sqnr >= gate.min_velocity_sqnr_db and psnr >= gate.min_psnr_db and similarity >= gate.min_ssim
+    return GateEntry(
+        passed=passed,
+        velocity_sqnr_db=round(_finite(sqnr), 2),
+        psnr_db=round(_finite(psnr), 2),
+        ssim=round(similarity, 4),
+        **asdict(gate),
+        prompts=len(results),
+        num_steps=num_steps,
+    )
+
+
+def component_report(
+    build: QuantizedBuild, component: ComponentName, report: QuantizationReport, scales: Scales | None
+) -> bytes:
+    """The JSON file that says of every layer what was quantised, what was not, and why."""
+    found = scales.component(component) if scales else {}
+    content: dict[str, Any] = {
+        "recipe": build.recipe.name,
+        "quantized_flops_fraction": report.quantized_fraction,
+        "weight_bytes": {"before": report.weight_bytes, "after": report.stored_bytes},
+        "layers": [
+            {**asdict(layer), "activation_amax": found[layer.layer].activation_amax if layer.layer in found else None}
+            for layer in report.layers
+        ],
+        "excluded": [{"layer": name, "reason": reason} for name, reason in build.exclusions[component].items()],
+    }
+    return msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"
+
+
+def _check_target(recipe: Recipe, target: TargetName) -> None:
+    if target == "tensorrt-rtx" and any(rule.activation_dtype == "int8" for rule in recipe.rules):
+        raise TargetError(
+            f"target 'tensorrt-rtx' has no kernels for INT8 activations, which recipe '{recipe.name}' asks for",
+            received=f"--precision {recipe.name} --target tensorrt-rtx",
+            expected="FP8 activations, or INT8 or INT4 weights only",
+            action="--precision fp8 (RTX 40 and later), --precision int8-weight-only, or --target onnxruntime",
+        )
+
+
+def _finite(value: float) -> float:
+    return value if isfinite(value) else 999.0

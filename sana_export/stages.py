@@ -1,0 +1,401 @@
+"""The stages of a build: what each depends on, what it writes, and when it is reused."""
+
+import hashlib
+import importlib.metadata
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import onnx
+
+import sana_calibration
+import sana_plugins
+from sana_calibration.prompts import prompts_digest
+from sana_calibration.recipe import recipe_yaml
+from sana_calibration.scales import Scales
+from sana_export.build_request import BuildRequest
+from sana_export.bundle import StageRecord, Staging
+from sana_export.components import ComponentPlan, empty_module
+from sana_export.graph.export import WEIGHTS_FILE, ExportReport, export_component
+from sana_export.graph.fusion import check_fusion, parse_capability
+from sana_export.graph.opset import OPSET
+from sana_export.peak_memory import PeakMemory
+from sana_export.prompting import tokenizer_entry
+from sana_export.quantize import QuantizedBuild, calibration_size, component_report, run_calibration, run_gate
+from sana_export.weights.checkpoint import Checkpoint
+from sana_kernels.linear_attention import reference as linear_attention_reference
+from sana_plugins.aot import compile_kernels, kernel_files
+from sana_runtime.contract import COMPONENTS, TargetName
+from sana_runtime.errors import BuildError
+from sana_runtime.files import sha256_file, whole_file
+from sana_runtime.manifest import ComponentEntry, EngineEntry, FileEntry, GateEntry, QuantizationEntry, TokenizerEntry
+from sana_runtime.plan_builder import PlanProgress, build_plan
+from sana_runtime.tensorrt_library import TensorrtLibrary
+
+Measured = dict[str, float | int | str]
+Made = tuple[list[Path], Measured]
+
+# The packages whose code decides what an exported graph looks like.
+EXPORTER_PACKAGES = ("torch", "onnxscript", "onnx-ir", "transformers")
+# The compute capabilities a target's fusion summary is printed for.
+_TYPICAL_CAPABILITIES: dict[TargetName, tuple[str, ...]] = {
+    "tensorrt-rtx": ("sm_89", "sm_120"),
+    "tensorrt": ("sm_87", "sm_90"),
+}
+# The GPUs whose cubins travel with a target's plans.
+_PLUGIN_CAPABILITIES: dict[TargetName, tuple[int, ...]] = {
+    "tensorrt-rtx": (80, 86, 89, 120),
+    "tensorrt": (80, 86, 87, 89, 90, 110, 120),
+}
+PLUGIN_FOLDER = "plugins"
+_OWN = Path(__file__).parent
+
+
+class Reporter(Protocol):
+    """Who hears of a build's progress."""
+
+    def stage_started(self, stage: str, reason: str) -> None: ...
+    def stage_progress(self, stage: str, fraction: float, detail: str) -> None: ...
+    def stage_finished(self, stage: str, record: StageRecord) -> None: ...
+    def stage_reused(self, stage: str, record: StageRecord, reason: str) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+@dataclass
+class Stages:
+    """One build's stages: the request, what it opened, and what is done."""
+
+    request: BuildRequest
+    reporter: Reporter
+    checkpoint: Checkpoint
+    libraries: Mapping[TargetName, TensorrtLibrary]
+    staging: Staging
+    quantized: QuantizedBuild | None = None
+    scales: Scales | None = None
+    plugin_files: tuple[FileEntry, ...] = ()
+    done: dict[str, StageRecord] = field(default_factory=dict)
+
+    def run(self, name: str, inputs: Mapping[str, str], make: Callable[[], Made]) -> StageRecord:
+        """Reuse the stage or run `make`, which returns the files it wrote and what it measured."""
+        reuse = self.staging.reusable(name, inputs)
+        if reuse.record is not None:
+            self.reporter.stage_reused(name, reuse.record, reuse.reason)
+            self.done[name] = reuse.record
+            return reuse.record
+        self.reporter.stage_started(name, reuse.reason)
+        started, memory = time.monotonic(), PeakMemory()
+        files, measured = make()
+        seconds = round(time.monotonic() - started, 2)
+        measured = {"seconds": seconds, "peak_memory_mib": memory.mib(), **measured}
+        record = self.staging.finish(name, inputs, files, measured)
+        self.done[name] = record
+        self.reporter.stage_finished(name, record)
+        return record
+
+    def tokenizer(self) -> TokenizerEntry:
+        """The tokenizer, as a file and as settings."""
+        content = self.checkpoint.tokenizer_json()
+        path = self.staging.folder / "tokenizer" / "tokenizer.json"
+        digest = hashlib.sha256(content).hexdigest()
+        self.run("tokenizer", {"tokenizer": digest}, lambda: ([_written(path, content)], {}))
+        return tokenizer_entry(content, "tokenizer/tokenizer.json", self.checkpoint.pipeline_class)
+
+    def component(self, plan: ComponentPlan) -> ComponentEntry:
+        """One component's graph and the engines made from it."""
+        if plan.dtype_reason:
+            self.reporter.note(f"{plan.name}: {plan.dtype_reason}")
+        stage = f"{plan.name}/onnx"
+        digest = self.checkpoint.digest(
+            plan.name, lambda _: self.reporter.stage_progress(stage, 0.0, "hashing weights")
+        )
+        graph = self.run(stage, self._graph_inputs(plan, digest), lambda: self._export(plan))
+        self._report_quantization(plan, graph)
+        engines = tuple(self._engine(plan, graph, target) for target in self.request.targets)
+        return ComponentEntry(plan.name, plan.dtype, plan.dtype_reason, digest, plan.inputs, plan.outputs, engines)
+
+    def plugins(self, plans: tuple[ComponentPlan, ...]) -> None:
+        """Compile the linear-attention plugin's kernels for every GPU the plans may run on."""
+        folder = self.staging.folder / PLUGIN_FOLDER
+        capabilities = tuple(sorted({sm for target in self.libraries for sm in _PLUGIN_CAPABILITIES[target]}))
+        dtypes = tuple(sorted({attention_dtype(plan) for plan in plans if plan.name != "text_encoder"}))
+        forms = tuple(sorted({False, self.checkpoint.transformer_config["qk_norm"] is not None}))
+
+        def make() -> Made:
+            def show(done: int, total: int) -> None:
+                self.reporter.stage_progress("plugins", done / total, f"kernel {done}/{total}")
+
+            shutil.rmtree(folder, ignore_errors=True)
+            index = compile_kernels(folder, capabilities=capabilities, dtypes=dtypes, forms=forms, on_kernel=show)
+            return [folder / name for name in kernel_files(index)], {"kernels": len(index.kernels)}
+
+        kernels = sorted((Path(linear_attention_reference.__file__).parent).glob("*.py"))
+        inputs = {
+            "capabilities": ", ".join(f"sm_{sm}" for sm in capabilities),
+            "dtypes": ", ".join(dtypes),
+            "forms": ", ".join("qk-norm" if form else "plain" for form in forms),
+            "kernel code": _digest_of([*kernels, *sorted(Path(sana_plugins.__file__).parent.glob("*.py"))]),
+            "triton": _version_or_none("triton"),
+        }
+        self.plugin_files = self.run("plugins", inputs, make).files
+
+    def calibration(self) -> None:
+        """Observe activations, if the recipe quantises any, and keep the scales."""
+        assert self.quantized is not None
+        if not self.quantized.needs_calibration:
+            return
+        path = self.staging.folder / "quantization" / "calibration.safetensors"
+        stage = "calibration"
+        cache = self.request.calibration.cache
+
+        def make() -> Made:
+            assert self.quantized is not None
+            scales = self._cached_scales(cache) if cache else None
+            if scales is None:
+                work, report = self.staging.folder / "calibration.work", self.reporter
+                scales = run_calibration(
+                    self.checkpoint,
+                    self.quantized,
+                    self.request,
+                    work,
+                    lambda fraction, text: report.stage_progress(stage, fraction, text),
+                )
+                shutil.rmtree(work)
+            scales.save(path)
+            return [path], {"digest": scales.digest}
+
+        inputs = {"cache": sha256_file(cache)} if cache else self._calibration_inputs()
+        self.run(stage, inputs, make)
+        self.scales = self._cached_scales(path)
+
+    def gate(self) -> GateEntry | None:
+        """Judge the quantised model on a few prompts; None where that was not asked for or a component is missing."""
+        assert self.quantized is not None
+        if not self.request.gate or set(self.request.components) != set(COMPONENTS):
+            return None
+        quantized, stage = self.quantized, "gate"
+        path = self.staging.folder / "quantization" / "gate.json"
+
+        def make() -> Made:
+            work = self.staging.folder / "gate.work"
+            entry, results = run_gate(
+                self.checkpoint,
+                quantized,
+                self.scales,
+                self.request,
+                work,
+                lambda text: self.reporter.stage_progress(stage, 0.0, text),
+            )
+            shutil.rmtree(work)
+            rows = [{"prompt": r.prompt, "steps": [row.sqnr_db for row in r.steps]} for r in results]
+            content = {"gate": entry, "velocity_sqnr_db": rows}
+            _written(path, msgspec.json.format(msgspec.json.encode(content), indent=2))
+            return [path], {"passed": str(entry.passed)}
+
+        scales = self.scales.digest if self.scales else "none"
+        inputs = {
+            **self._calibration_inputs(),
+            "scales": scales,
+            "thresholds": str(quantized.recipe.gate),
+            "reference code": _code_digest("reference", "parity"),
+        }
+        self.run(stage, inputs, make)
+        return msgspec.json.decode(path.read_bytes(), type=_GateFile).gate
+
+    def quantization_entry(self, gate: GateEntry | None) -> QuantizationEntry:
+        """What the manifest says of the quantisation; writes the recipe into the bundle."""
+        assert self.quantized is not None
+        recipe = self.quantized.recipe
+        path = self.staging.folder / "quantization" / "recipe.yaml"
+        content = recipe_yaml(recipe).encode()
+        self.run("recipe", {"recipe": hashlib.sha256(content).hexdigest()}, lambda: ([_written(path, content)], {}))
+        return QuantizationEntry(
+            recipe=recipe.name,
+            recipe_file="quantization/recipe.yaml",
+            recipe_digest=recipe.digest,
+            calibration_file="quantization/calibration.safetensors" if self.scales else None,
+            calibration_digest=self.scales.digest if self.scales else None,
+            min_velocity_sqnr_db=recipe.gate.min_velocity_sqnr_db,
+            min_psnr_db=recipe.gate.min_psnr_db,
+            min_ssim=recipe.gate.min_ssim,
+            gate=gate,
+        )
+
+    def _weights(self) -> dict[str, str]:
+        return {name: self.checkpoint.digest(name) for name in COMPONENTS}
+
+    def _cached_scales(self, path: Path) -> Scales:
+        assert self.quantized is not None
+        return Scales.load(path, weights=self._weights(), recipe=self.quantized.recipe.digest)
+
+    def _calibration_inputs(self) -> dict[str, str]:
+        assert self.quantized is not None
+        settings = self.request.calibration
+        height, width = calibration_size(self.request)
+        return {
+            **{f"{name} weights": digest for name, digest in self._weights().items()},
+            "recipe": self.quantized.recipe.digest,
+            "prompts": prompts_digest(self.quantized.prompts),
+            "steps": str(settings.num_steps),
+            "seed": str(settings.seed),
+            "size": f"{height} x {width}",
+            "calibration code": _calibration_code_digest(),
+            "torch": importlib.metadata.version("torch"),
+        }
+
+    def _graph_inputs(self, plan: ComponentPlan, digest: str) -> dict[str, str]:
+        request = self.request
+        configuration = msgspec.json.encode(
+            self.checkpoint.config("vae" if plan.name == "vae_decoder" else plan.name), order="sorted"
+        )
+        inputs = {
+            "weights": digest,
+            "configuration": hashlib.sha256(configuration).hexdigest(),
+            "dtype": plan.dtype,
+            "I/O": hashlib.sha256(msgspec.json.encode((plan.inputs, plan.outputs))).hexdigest(),
+            "attention_clip": str(self.checkpoint.attention_clip),
+            "opset": str(OPSET),
+            "exporter code": _code_digest("reference", "graph"),
+            **{package: importlib.metadata.version(package) for package in EXPORTER_PACKAGES},
+        }
+        if plan.name != "text_encoder":
+            inputs["height x width"] = f"{request.height} x {request.width}"
+        if self.quantized:
+            inputs["recipe"] = self.quantized.recipe.digest
+            inputs["calibration"] = self.scales.digest if self.scales else "none"
+        return inputs
+
+    def _export(self, plan: ComponentPlan) -> Made:
+        folder = self.staging.folder / plan.name
+        partial = folder / "export.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        stage = f"{plan.name}/onnx"
+        self.reporter.stage_progress(stage, 0.0, "tracing")
+        report = export_component(
+            empty_module(plan),
+            self.checkpoint.weights(plan.name),
+            plan.prefix,
+            plan.inputs,
+            plan.outputs,
+            partial / "model.onnx",
+            lambda done, total: self.reporter.stage_progress(stage, done / total, f"weights {done}/{total}"),
+            quantization=self.quantized.quantization(plan.name, self.scales) if self.quantized else None,
+        )
+        onnx.checker.check_model(str(partial / "model.onnx"))
+        files = [folder / name for name in ("model.onnx", WEIGHTS_FILE)]
+        for file in files:
+            with whole_file(file) as temporary:
+                (partial / file.name).rename(temporary)
+        partial.rmdir()
+        passes = ", ".join(f"{name} {count}" for name, count in report.passes.items())
+        measured: Measured = {"nodes": report.nodes, "weight_bytes": report.weight_bytes, "passes": passes}
+        measured["linear_attention"] = report.passes["linear_attention_function"]
+        return files + self._quantization_report(plan, report, measured), measured
+
+    def _quantization_report(self, plan: ComponentPlan, report: ExportReport, measured: Measured) -> list[Path]:
+        """Write what was quantised, what was not and why; add the summary to `measured`."""
+        if report.quantization is None or self.quantized is None:
+            return []
+        found = report.quantization
+        measured["quantized_layers"] = len(found.layers)
+        measured["quantized_flops_fraction"] = round(found.quantized_fraction, 4)
+        content = component_report(self.quantized, plan.name, found, self.scales)
+        return [_written(self.staging.folder / plan.name / "quantization.json", content)]
+
+    def _report_quantization(self, plan: ComponentPlan, graph: StageRecord) -> None:
+        """Say what was quantised and what of it the targets will compute in low precision."""
+        if self.quantized is None:
+            return
+        excluded = len(self.quantized.exclusions[plan.name])
+        self.reporter.note(
+            f"{plan.name}: {graph.measured['quantized_layers']} layers quantised, {excluded} excluded, "
+            f"{float(graph.measured['quantized_flops_fraction']):.1%} of the products' FLOPs in 8 bits"
+        )
+        path = self.staging.folder / graph.files[0].path
+        for target in self.request.targets:
+            for capability in _TYPICAL_CAPABILITIES.get(target, ()):
+                report = check_fusion(path, target, parse_capability(capability))
+                self.reporter.note(f"{plan.name}: {report.summary}")
+
+    def _engine(self, plan: ComponentPlan, graph: StageRecord, target: TargetName) -> EngineEntry:
+        graph_files = graph.files[:2]
+        if target == "onnxruntime":
+            version = importlib.metadata.version("onnxruntime")
+            return EngineEntry(target, tuple(entry.path for entry in graph_files), "ONNX Runtime", version)
+        library = self.libraries[target]
+        path = self.staging.folder / plan.name / f"{target}.plan"
+        stage = f"{plan.name}/{target}"
+        # Gemma-2 has softmax attention only.
+        plugins = () if plan.name == "text_encoder" else self.plugin_files
+
+        def make() -> Made:
+            def show(progress: PlanProgress) -> None:
+                self.reporter.stage_progress(stage, progress.fraction, progress.phase)
+
+            folder = self.staging.folder / PLUGIN_FOLDER if plugins else None
+            onnx_path = self.staging.folder / graph_files[0].path
+            result = build_plan(onnx_path, path, target, on_progress=show, plugins=folder)
+            _check_plugin_layers(stage, result.plugin_layers, int(graph.measured["linear_attention"]) if plugins else 0)
+            measured: Measured = {"peak_memory_mib": result.peak_memory_mib, "layers": result.layers}
+            return [path], {**measured, "plugin_layers": result.plugin_layers, "plan_bytes": result.size}
+
+        inputs = {entry.path: entry.sha256 for entry in (*graph_files, *plugins)}
+        inputs |= {"builder": library.builder_name, "builder version": library.library_version}
+        self.run(stage, inputs, make)
+        files = (f"{plan.name}/{target}.plan", *(entry.path for entry in plugins))
+        return EngineEntry(target, files, library.builder_name, library.library_version)
+
+
+def attention_dtype(plan: ComponentPlan) -> str:
+    """The dtype of a component's linear-attention nodes: an fp16 decoder keeps them in fp32."""
+    return "float32" if (plan.name, plan.dtype) == ("vae_decoder", "float16") else plan.dtype
+
+
+def _check_plugin_layers(stage: str, found: int, expected: int) -> None:
+    if found != expected:
+        raise BuildError(
+            f"{stage}: the compiler did not take the plugin everywhere",
+            received=f"{found} plugin layers",
+            expected=f"{expected}, one for every linear-attention node",
+            action="build without --plugin, and report this with the output of sana-export doctor",
+        )
+
+
+def _version_or_none(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+class _GateFile(msgspec.Struct, frozen=True):
+    gate: GateEntry
+
+
+def _written(path: Path, content: bytes) -> Path:
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content)
+    return path
+
+
+def _code_digest(*folders: str) -> str:
+    """Digest of our modules that decide what a stage computes."""
+    files = [_OWN / "components.py", Path(linear_attention_reference.__file__)]
+    files += [path for folder in folders for path in sorted((_OWN / folder).rglob("*.py"))]
+    return _digest_of(files)
+
+
+def _calibration_code_digest() -> str:
+    package = Path(sana_calibration.__file__).parent
+    return _digest_of([_OWN / "calibration_run.py", *sorted(package.rglob("*.py"))])
+
+
+def _digest_of(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,160 @@
+"""Quantised builds end to end: reuse, the gate, and wrong use."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sana_calibration.recipe import load_recipe, recipe_yaml
+from sana_calibration.rules import Exclusion
+from sana_export.build import build
+from sana_export.build_request import BuildRequest, CalibrationSettings
+from sana_export.bundle import read_build_record
+from sana_export.parity.judge import judge, judged_gate
+from sana_export.weights.checkpoint import open_checkpoint
+from sana_runtime.errors import InputError, SanaError, TargetError
+from sana_runtime.manifest import Manifest, read_manifest, verify_files
+from sana_runtime.pipeline import Pipeline
+from tests.export.conftest import Recorder
+
+SETTINGS = CalibrationSettings(num_prompts=2, num_steps=2, side=64)
+
+
+def request(model: Path | str, output: Path, precision: str = "fp8") -> BuildRequest:
+    return BuildRequest(
+        str(model), precision, ("onnxruntime",), 64, 64, output, base_precision="fp32", calibration=SETTINGS
+    )
+
+
+@pytest.fixture(scope="module")
+def built_fp8(tmp_path_factory: pytest.TempPathFactory, checkpoint_directory: Callable[[str], Path]) -> BuildRequest:
+    wanted = request(checkpoint_directory("random:tiny"), tmp_path_factory.mktemp("quantized") / "bundle")
+    build(wanted, Recorder())
+    return wanted
+
+
+@pytest.fixture
+def fp8(built_fp8: BuildRequest, tmp_path: Path) -> BuildRequest:
+    """A finished fp8 bundle of the test's own, and the request that built it."""
+    shutil.copytree(built_fp8.output, tmp_path / "fp8")
+    return replace(built_fp8, output=tmp_path / "fp8")
+
+
+def rebuilt(wanted: BuildRequest) -> tuple[Manifest, Recorder]:
+    recorder = Recorder()
+    return build(wanted, recorder), recorder
+
+
+def test_the_bundle_says_how_it_was_quantised(fp8: BuildRequest) -> None:
+    manifest = read_manifest(fp8.output)
+    verify_files(fp8.output, manifest.files, digests=True)
+    entry = manifest.quantization
+    assert entry is not None
+    assert entry.recipe == "fp8"
+    assert entry.gate is not None
+    assert entry.gate.passed, entry.gate
+    assert entry.gate.prompts == 2
+    paths = {file.path for file in manifest.files}
+    assert {entry.recipe_file, entry.calibration_file, "transformer/quantization.json"} <= paths
+    assert load_recipe(fp8.output / entry.recipe_file).digest == entry.recipe_digest
+
+
+def test_an_identical_build_reuses_everything(fp8: BuildRequest) -> None:
+    before = read_manifest(fp8.output).digest
+    manifest, recorder = rebuilt(fp8)
+    assert recorder.built == {}
+    assert manifest.digest == before
+
+
+def test_the_engines_are_as_far_from_the_picture_as_the_gate_said(fp8: BuildRequest) -> None:
+    """The gate judged fake-quantised PyTorch; ONNX Runtime runs the Q/DQ graph with the same scales."""
+    pipeline = Pipeline.load(fp8.output, report=lambda _: None)
+    prompt = "a red circle"
+    result = judge(pipeline, open_checkpoint(fp8.model), lambda _: None, prompt=prompt, num_steps=2)
+    verdict = judged_gate(pipeline.manifest, result)
+    assert verdict is not None
+    assert verdict.passed, verdict
+    assert result.min_velocity_sqnr_db < 60, "nothing was quantised"
+
+
+def test_other_thresholds_judge_again_and_can_fail(fp8: BuildRequest, tmp_path: Path) -> None:
+    recipe = load_recipe("fp8")
+    file = tmp_path / "own.yaml"
+    file.write_text(recipe_yaml(replace(recipe, gate=replace(recipe.gate, min_psnr_db=1000.0))))
+    manifest, recorder = rebuilt(replace(fp8, recipe=file))
+    assert set(recorder.built) == {"gate", "recipe"}
+    assert manifest.quantization is not None
+    assert manifest.quantization.gate is not None
+    assert not manifest.quantization.gate.passed
+
+
+def test_another_rule_rebuilds_and_names_the_recipe(fp8: BuildRequest, tmp_path: Path) -> None:
+    more = Exclusion("transformer", "blocks.0.mix_ffn.conv_point", "a test")
+    file = tmp_path / "own.yaml"
+    file.write_text(recipe_yaml(load_recipe("fp8").excluding((more,))))
+    _, recorder = rebuilt(replace(fp8, recipe=file))
+    assert "recipe" in recorder.built["transformer/onnx"]
+    assert "recipe" in recorder.built["calibration"]
+
+
+def test_a_calibration_of_another_model_is_refused(
+    fp8: BuildRequest, tmp_path: Path, checkpoint_directory: Callable[[str], Path]
+) -> None:
+    cache = fp8.output / "quantization" / "calibration.safetensors"
+    other = request(checkpoint_directory("random:tiny-qknorm"), tmp_path / "other")
+    with pytest.raises(InputError, match="weights"):
+        build(replace(other, calibration=replace(SETTINGS, cache=cache)), Recorder())
+    assert not other.output.exists()
+
+
+def test_a_calibration_of_the_same_model_is_taken(fp8: BuildRequest, tmp_path: Path) -> None:
+    cache = fp8.output / "quantization" / "calibration.safetensors"
+    wanted = replace(fp8, output=tmp_path / "again", gate=False, calibration=replace(SETTINGS, cache=cache))
+    manifest, _ = rebuilt(wanted)
+    entry, first = manifest.quantization, read_manifest(fp8.output).quantization
+    assert entry is not None
+    assert first is not None
+    assert entry.calibration_digest == first.calibration_digest
+    assert entry.gate is None
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"precision": "int8", "targets": ("tensorrt-rtx",)}, TargetError, "INT8 activations.*int8-weight-only"),
+        ({"recipe": Path("no/such/recipe.yaml")}, InputError, "no such recipe"),
+        ({"calibration": CalibrationSettings(prompts=Path("no/such/prompts.txt"))}, SanaError, "prompts"),
+    ],
+    ids=["int8 on rtx", "recipe", "prompts"],
+)
+def test_wrong_use(fp8: BuildRequest, tmp_path: Path, change: dict, error: type[SanaError], message: str) -> None:
+    with pytest.raises(error, match="(?s)" + message):
+        build(replace(fp8, output=tmp_path / "wrong", **change), Recorder())
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_wrong_settings() -> None:
+    with pytest.raises(InputError, match="num_steps is out of range"):
+        CalibrationSettings(num_steps=0)
+    with pytest.raises(InputError, match="quantises nothing"):
+        BuildRequest("random:tiny", "bf16", ("onnxruntime",), 64, 64, Path("x"), base_precision="fp32")
+
+
+@pytest.mark.tensorrt
+def test_the_plugin_travels_in_the_bundle(tmp_path: Path) -> None:
+    wanted = BuildRequest("random:tiny", "bf16", ("tensorrt-rtx",), 64, 64, tmp_path / "bundle", plugin=True)
+    manifest, recorder = rebuilt(wanted)
+    files = {name: manifest.component(name).engines[0].files for name in ("text_encoder", "transformer", "vae_decoder")}
+    assert files["transformer"][:2] == ("transformer/tensorrt-rtx.plan", "plugins/kernels.json")
+    assert files["text_encoder"] == ("text_encoder/tensorrt-rtx.plan",)
+    assert {path for found in files.values() for path in found} <= {entry.path for entry in manifest.files}
+    stages = read_build_record(wanted.output).stages
+    nodes = {name: stages[f"{name}/onnx"].measured["linear_attention"] for name in ("transformer", "vae_decoder")}
+    assert nodes == {"transformer": 2, "vae_decoder": 18}
+    for name, count in nodes.items():
+        assert stages[f"{name}/tensorrt-rtx"].measured["plugin_layers"] == count
+    assert rebuilt(wanted)[1].built == {}
+    without = rebuilt(replace(wanted, plugin=False))[1]
+    assert set(without.built) == {"transformer/tensorrt-rtx", "vae_decoder/tensorrt-rtx"}
