@@ -11,8 +11,9 @@ INSTALLED := $(VENV)/.installed
 
 .PHONY: test test-gpu lint format demo install clean
 
+# Two workers of one thread each: the same cores, without one test's threads waiting for another's.
 test: $(INSTALLED)
-	$(PYTHON) -m pytest -m "not gpu"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not gpu" -n 2 --dist loadscope
 
 # On a machine with an NVIDIA GPU.
 test-gpu: $(INSTALLED)

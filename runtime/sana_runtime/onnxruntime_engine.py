@@ -32,6 +32,10 @@ _ORT_TYPES = {
 }
 _ERROR_SEVERITY = 3
 
+# Q/DQ pairs say exactly what to compute. These optimisers, made for INT8 graphs of ONNX Runtime's own quantiser, build
+# invalid graphs from FP8 pairs and quantise activations that the graph does not.
+_QDQ_REWRITERS = ("QDQSelectorActionTransformer", "QDQPropagationTransformer")
+
 
 class OnnxRuntimeBackend(Backend):
     """ONNX Runtime with one execution provider. `threads` applies to the CPU; 0 lets ONNX Runtime choose."""
@@ -77,7 +81,10 @@ class OnnxRuntimeBackend(Backend):
     def _session(self, path: Path, component: ComponentEntry) -> ort.InferenceSession:
         try:
             return ort.InferenceSession(
-                str(path), self._session_options(), providers=[(self.provider, self._provider_options)]
+                str(path),
+                self._session_options(),
+                providers=[(self.provider, self._provider_options)],
+                disabled_optimizers=list(_QDQ_REWRITERS),
             )
         except Exception as error:  # the binding's exceptions share no base below Exception
             if "NOT_IMPLEMENTED" in str(error):
@@ -100,9 +107,6 @@ class OnnxRuntimeBackend(Backend):
         options.log_severity_level = _ERROR_SEVERITY
         # Each picture uses the same shapes; an arena would keep the decoder's peak allocated for good.
         options.enable_cpu_mem_arena = False
-        # Q/DQ pairs say what to compute, exactly; ONNX Runtime's fusions of them are for INT8 models of its own making
-        # and build an invalid graph from FP8 ones.
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
         return options
 
 
