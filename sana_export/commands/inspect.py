@@ -63,7 +63,7 @@ def _print_fusion(console: Console, bundle: Path, manifest: "Manifest", capabili
     compiled = [target for target in manifest.targets if target != "onnxruntime"] or ["tensorrt"]
     for target in compiled:
         for component in manifest.components:
-            report = check_fusion(bundle / component.name / "model.onnx", target, capability)  # type: ignore[arg-type]
+            report = check_fusion(bundle / component.name / "model.onnx", target, capability)
             table = Table("node", "op", "weight", "activation", "fuses", "why", title=f"{component.name}, {target}")
             for row in report.rows:
                 kinds = (row.weight_dtype or "", row.activation_dtype or "")

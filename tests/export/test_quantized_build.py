@@ -6,12 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from sana_calibration.recipe import load_recipe, recipe_yaml
 from sana_calibration.rules import Exclusion
 from sana_export.build import build
 from sana_export.build_request import BuildRequest, CalibrationSettings
 from sana_export.bundle import read_build_record
+from sana_export.cli import app
 from sana_export.parity.judge import judge, judged_gate
 from sana_export.weights.checkpoint import open_checkpoint
 from sana_runtime.errors import InputError, SanaError, TargetError
@@ -141,6 +143,23 @@ def test_wrong_settings() -> None:
         CalibrationSettings(num_steps=0)
     with pytest.raises(InputError, match="quantises nothing"):
         BuildRequest("random:tiny", "bf16", ("onnxruntime",), 64, 64, Path("x"), base_precision="fp32")
+
+
+def test_sensitivity_proposes_a_recipe_that_builds_on(fp8: BuildRequest, tmp_path: Path) -> None:
+    written = tmp_path / "gentler.yaml"
+    arguments = ["sensitivity", str(fp8.output), "--max-drop", "4", "--write-recipe", str(written), "--num-steps", "2"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "blocks.*.mix_ffn.conv_inverted" in done.output
+    more = set(load_recipe(written).exclusions) - set(load_recipe("fp8").exclusions)
+    assert more, "tiny fp8 is further than 4 dB below bf16"
+    assert all("sensitive" in exclusion.reason for exclusion in more)
+
+
+def test_sensitivity_of_a_bundle_that_quantises_nothing(tiny_bundle: Callable[..., Path]) -> None:
+    done = CliRunner().invoke(app, ["sensitivity", str(tiny_bundle())])
+    assert done.exit_code == 1
+    assert "quantises nothing" in done.output
 
 
 @pytest.mark.tensorrt
