@@ -2,6 +2,7 @@
 
     python scripts/measure_builds.py random:0.6b random:1.6b
     python scripts/measure_builds.py random:0.6b --components transformer,vae_decoder --sizes 512x512,768x1344
+    python scripts/measure_builds.py random:0.6b --precision fp8 --calibration 2,4,256
 
 Every row is a stage of a fresh build: seconds, peak resident memory, size of its files, and the memory bound it is
 held against (twice the largest component's 16-bit weights plus 4 GiB).
@@ -19,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 from sana_export.build import build
-from sana_export.build_request import BuildRequest
+from sana_export.build_request import BuildRequest, CalibrationSettings
 from sana_export.bundle import read_build_record
 from sana_export.commands.build import ProgressReport
 from sana_export.weights.checkpoint import open_checkpoint
@@ -45,14 +46,29 @@ COLUMNS = [
 
 
 def measure(
-    model: str, precision: str, height: int, width: int, components: tuple[str, ...], folder: Path
+    model: str,
+    precision: str,
+    height: int,
+    width: int,
+    components: tuple[str, ...],
+    calibration: CalibrationSettings,
+    folder: Path,
 ) -> list[dict[str, object]]:
     """Rows of one fresh build."""
     from rich.console import Console
 
     output = folder / "bundle"
     targets = ("tensorrt-rtx", "onnxruntime")
-    request = BuildRequest(model, precision, targets, height, width, output, components=components)  # type: ignore[arg-type]
+    request = BuildRequest(
+        model,
+        precision,
+        targets,
+        height,
+        width,
+        output,
+        components=components,  # type: ignore[arg-type]
+        calibration=calibration,
+    )
     with ProgressReport(Console(highlight=False)) as reporter:
         manifest = build(request, reporter)
     checkpoint = open_checkpoint(model)
@@ -105,6 +121,7 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--sizes", default="1024x1024", help="comma-separated HEIGHTxWIDTH in pixels")
     parser.add_argument("--components", default=",".join(COMPONENTS))
+    parser.add_argument("--calibration", default="4,8,512", help="prompts,steps,longest side in pixels of a recipe's")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     arguments = parser.parse_args()
     new = not RESULTS.exists()
@@ -112,8 +129,10 @@ def main() -> None:
         for size in arguments.sizes.split(","):
             height, width = (int(side) for side in size.split("x"))
             components = tuple(arguments.components.split(","))
+            prompts, steps, side = (int(figure) for figure in arguments.calibration.split(","))
+            settings = CalibrationSettings(num_prompts=prompts, num_steps=steps, side=side)
             with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-                rows = measure(model, arguments.precision, height, width, components, Path(folder))
+                rows = measure(model, arguments.precision, height, width, components, settings, Path(folder))
             RESULTS.parent.mkdir(parents=True, exist_ok=True)
             with RESULTS.open("a", newline="") as file:
                 writer = csv.DictWriter(file, COLUMNS)
