@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sana_runtime.contract import TensorSpec
-from sana_runtime.manifest import ComponentEntry, EngineEntry, Manifest
+from sana_runtime.manifest import ComponentEntry, EngineEntry, Manifest, QuantizationEntry
 from sana_runtime.targets import examine_targets
 
 _MIB = 1 << 20
@@ -20,8 +20,20 @@ def describe(manifest: Manifest) -> Iterator[RenderableType]:
     yield _io_tensors(manifest)
     yield _engines(manifest)
     yield _targets(manifest)
+    if manifest.quantization:
+        yield Text(_quantization(manifest.quantization))
     if manifest.notes:
         yield Text("\n".join(["notes", *(f"  {note}" for note in manifest.notes)]))
+
+
+def _quantization(entry: QuantizationEntry) -> str:
+    gate = entry.gate
+    if gate is None:
+        return f"quantised by recipe {entry.recipe}; its gate was not run"
+    return (
+        f"quantised by recipe {entry.recipe}; gate {'passed' if gate.passed else 'MISSED'}: velocity SQNR "
+        f"{gate.velocity_sqnr_db:.1f} dB, PSNR {gate.psnr_db:.1f} dB, SSIM {gate.ssim:.3f} over {gate.prompts} prompts"
+    )
 
 
 def _model(manifest: Manifest) -> str:

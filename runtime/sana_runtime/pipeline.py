@@ -264,7 +264,7 @@ class Pipeline:
     def run_component(
         self, name: ComponentName, arrays: Mapping[str, npt.NDArray[np.generic]]
     ) -> dict[str, npt.NDArray[np.generic]]:
-        """One engine call on given inputs, for parity checks: host arrays in and out, bfloat16 as its bits in uint16."""
+        """One engine call on given inputs, for parity checks: host arrays in and out, bfloat16 as bits in uint16."""
         inputs, outputs = self._inputs[name], self._outputs[name]
         for tensor, array in arrays.items():
             self._memory.upload(array, inputs[tensor])
