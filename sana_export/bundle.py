@@ -14,7 +14,7 @@ import msgspec
 
 from sana_runtime.errors import BuildError, BundleError
 from sana_runtime.files import sha256_file, sync_directory, whole_file
-from sana_runtime.manifest import MANIFEST_NAME, FileEntry, Manifest, read_manifest
+from sana_runtime.manifest import MANIFEST_NAME, FileEntry, Manifest
 
 RECORD_NAME = "build.json"
 
@@ -242,11 +242,3 @@ def read_build_record(bundle: Path) -> BuildRecord:
         return msgspec.json.decode((bundle / RECORD_NAME).read_bytes(), type=BuildRecord)
     except (FileNotFoundError, msgspec.DecodeError):
         return BuildRecord()
-
-
-def is_current(output: Path, manifest: Manifest) -> bool:
-    """Whether `output` already is exactly this bundle."""
-    try:
-        return read_manifest(output).digest == manifest.sealed().digest
-    except BundleError:
-        return False

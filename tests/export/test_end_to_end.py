@@ -8,7 +8,8 @@ import pytest
 import torch
 from diffusers import SanaPipeline, SanaSprintPipeline
 
-from sana_runtime.pipeline import Pipeline, draw_noise, seeded_generator
+from sana_runtime import Pipeline
+from sana_runtime.pipeline import draw_noise, seeded_generator
 
 # Per pixel, of 255: fp32 on both sides, 20 steps in another order of sums, and a rounding to whole levels.
 PIXEL_TOLERANCE = 2
