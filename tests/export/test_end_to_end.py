@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import SanaPipeline, SanaSprintPipeline
 
+import sana_export
 from sana_runtime import Pipeline
 from sana_runtime.pipeline import draw_noise, seeded_generator
 
@@ -114,3 +115,8 @@ def test_sprint_latent_equals_diffusers(
     difference = np.abs(picture.pixels.astype(int) - np.round(expected * 255).astype(int))
     assert difference.max() <= PIXEL_TOLERANCE
     assert picture.pixels.std() > 10
+
+
+def test_a_bundle_names_no_path_of_our_code(tiny_bundle: Callable[..., Path]) -> None:
+    for name in ("manifest.json", "build.json", "transformer/model.onnx"):
+        assert str(Path(sana_export.__file__).parent).encode() not in (tiny_bundle() / name).read_bytes()
