@@ -1,9 +1,9 @@
 """What a user asks `build` for, checked before anything heavy is imported."""
 
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
+from sana_calibration.shipped import recipe_names
 from sana_runtime.contract import (
     COMPONENTS,
     PIXELS_PER_LATENT,
@@ -16,12 +16,6 @@ from sana_runtime.contract import (
 from sana_runtime.errors import InputError
 
 _MAX_SIDE = 4096
-
-
-def quantized_precisions() -> tuple[str, ...]:
-    """The precisions that are shipped recipes."""
-    folder = files("sana_calibration") / "recipes"
-    return tuple(sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml")))
 
 
 @dataclass(frozen=True)
@@ -79,7 +73,7 @@ class BuildRequest:
         return None if self.precision in PRECISIONS else self.precision
 
     def __post_init__(self) -> None:
-        _check_choice("precision", self.precision, (*PRECISIONS, *quantized_precisions()))
+        _check_choice("precision", self.precision, (*PRECISIONS, *recipe_names()))
         if self.base_precision is not None:
             _check_choice("base-precision", self.base_precision, PRECISIONS)
             self._check_base_precision()

@@ -1,7 +1,6 @@
 """Recipes: the rules, the layers they name, and the YAML files they come from (shipped by name, one's own by path)."""
 
 import re
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from sana_calibration.rules import (
     Recipe,
     StoredDtype,
 )
+from sana_calibration.shipped import RECIPES, recipe_names
 from sana_runtime.contract import ComponentName
 from sana_runtime.errors import InputError
 
@@ -42,7 +42,6 @@ __all__ = [
 ]
 
 _GROUP = re.compile(r"per_group\((\d+)\)")
-_FOLDER = files("sana_calibration") / "recipes"
 
 
 class _RuleRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -76,11 +75,6 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gate: _GateRow
     rules: list[_RuleRow]
     exclusions: list[_ExclusionRow] = []
-
-
-def recipe_names() -> tuple[str, ...]:
-    """The shipped recipes."""
-    return tuple(sorted(entry.name[:-5] for entry in _FOLDER.iterdir() if entry.name.endswith(".yaml")))
 
 
 def load_recipe(path_or_name: str | Path) -> Recipe:
@@ -132,7 +126,7 @@ def _text(where: str) -> str:
     if path.is_file():
         return path.read_text(encoding="utf-8")
     if where in recipe_names():
-        return (_FOLDER / f"{where}.yaml").read_text(encoding="utf-8")
+        return (RECIPES / f"{where}.yaml").read_text(encoding="utf-8")
     raise InputError(
         "no such recipe",
         received=where,
