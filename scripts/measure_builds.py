@@ -3,6 +3,7 @@
     python scripts/measure_builds.py random:0.6b random:1.6b
     python scripts/measure_builds.py random:0.6b --components transformer,vae_decoder --sizes 512x512,768x1344
     python scripts/measure_builds.py random:0.6b --precision fp8 --calibration 2,4,256
+    python scripts/measure_builds.py random:0.6b --precision int8 --targets onnxruntime --calibration 2,4,256
 
 Every row is a stage of a fresh build: seconds, peak resident memory, size of its files, and the memory bound it is
 held against (twice the largest component's 16-bit weights plus 4 GiB).
@@ -51,6 +52,7 @@ def measure(
     height: int,
     width: int,
     components: tuple[str, ...],
+    targets: tuple[str, ...],
     calibration: CalibrationSettings,
     folder: Path,
 ) -> list[dict[str, object]]:
@@ -58,7 +60,6 @@ def measure(
     from rich.console import Console
 
     output = folder / "bundle"
-    targets = ("tensorrt-rtx", "onnxruntime")
     request = BuildRequest(
         model,
         precision,
@@ -121,6 +122,7 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--sizes", default="1024x1024", help="comma-separated HEIGHTxWIDTH in pixels")
     parser.add_argument("--components", default=",".join(COMPONENTS))
+    parser.add_argument("--targets", default="tensorrt-rtx,onnxruntime")
     parser.add_argument("--calibration", default="4,8,512", help="prompts,steps,longest side in pixels of a recipe's")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     arguments = parser.parse_args()
@@ -129,10 +131,11 @@ def main() -> None:
         for size in arguments.sizes.split(","):
             height, width = (int(side) for side in size.split("x"))
             components = tuple(arguments.components.split(","))
+            targets = tuple(arguments.targets.split(","))
             prompts, steps, side = (int(figure) for figure in arguments.calibration.split(","))
             settings = CalibrationSettings(num_prompts=prompts, num_steps=steps, side=side)
             with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-                rows = measure(model, arguments.precision, height, width, components, settings, Path(folder))
+                rows = measure(model, arguments.precision, height, width, components, targets, settings, Path(folder))
             RESULTS.parent.mkdir(parents=True, exist_ok=True)
             with RESULTS.open("a", newline="") as file:
                 writer = csv.DictWriter(file, COLUMNS)
