@@ -12,6 +12,7 @@ from sana_export.commands.options import Base, Bundle, JsonFile, Variant
 if TYPE_CHECKING:
     from sana_export.parity.ladder import LadderResult
     from sana_export.parity.metrics import Parity
+    from sana_export.quality_run import QualityReport
     from sana_runtime.manifest import GateEntry
     from sana_runtime.pipeline import Pipeline
 
@@ -39,7 +40,23 @@ def run(
     json_file: JsonFile = None,
     pictures: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.png", help="Save candidate and reference side by side."),
+        typer.Option(
+            metavar="FILE.png",
+            help="Save candidate and reference side by side; with --quality, the first pictures with their prompts.",
+        ),
+    ] = None,
+    quality: Annotated[
+        bool, typer.Option("--quality", help="Read pictures of test prompts instead, and score their claims.")
+    ] = False,
+    quality_prompts: Annotated[
+        int, typer.Option(metavar="N", min=1, max=5000, help="How many test prompts --quality paints.")
+    ] = 500,
+    save_pictures: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where --quality keeps its pictures: 0000.png, 0001.png, ...")
+    ] = None,
+    reference_pictures: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Such pictures of another bundle: --quality adds PSNR and SSIM to them."),
     ] = None,
 ) -> None:
     """Compare a bundle's engines with the PyTorch reference in fp32, component by component and end to end.
@@ -48,7 +65,27 @@ def run(
     the latent as it drifts, and the finished picture. The weights must be those the bundle was built from. Exit
     code 1 if a component is further from the reference than the rounding of its dtype explains or, for a quantised
     bundle, if a threshold of its recipe is missed.
+
+    --quality needs no checkpoint: it paints prompts of procedural scenes that no training has seen, for models such as
+    sana-nano, reads count, colour, shape, position, binding and background off each picture, and gives their rates.
+    Prompt i is painted from seed S + i. With --json, an interrupted run goes on where it stopped.
     """
+    if quality:
+        _quality(
+            bundle,
+            target,
+            num_prompts=quality_prompts,
+            seed=seed,
+            num_steps=num_steps,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+            rows_file=json_file,
+            pictures=save_pictures,
+            references=reference_pictures,
+            sheet=pictures,
+        )
+        return
+    _refuse_without_quality({"--save-pictures": save_pictures, "--reference-pictures": reference_pictures})
     import numpy as np
     from PIL import Image
 
@@ -86,6 +123,58 @@ def run(
     elif gate:
         check_components((result,), manifest, source)
         console.print("every component is within the rounding of its dtype")
+
+
+def _refuse_without_quality(flags: dict[str, Path | None]) -> None:
+    from sana_runtime.errors import InputError
+
+    for flag, value in flags.items():
+        if value is not None:
+            raise InputError(
+                f"{flag} belongs to --quality",
+                received=f"{flag} {value}",
+                expected=f"--quality with {flag}",
+                action="add --quality, or use --pictures FILE.png for the one picture that is compared",
+            )
+
+
+def _quality(bundle: Path, target: str | None, **request: Any) -> None:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from sana_export.quality_run import QualityRequest, run_quality
+    from sana_runtime.pipeline import Pipeline
+
+    console = Console(highlight=False)
+    pipeline = Pipeline.load(bundle, target, report=lambda line: console.print(line, markup=False, soft_wrap=True))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("painting and reading", total=request["num_prompts"])
+        report = run_quality(
+            pipeline,
+            QualityRequest(**request),
+            lambda done, of: progress.update(task, completed=done, total=of),
+        )
+    console.print(_quality_table(report, f"{bundle} on {pipeline.target}: claims that hold"))
+
+
+def _quality_table(report: "QualityReport", title: str) -> Table:
+    names = {"overall": "all claims", "claim": "{}", "kind": "all claims, kind “{}”"}
+    table = Table("right in", "pictures", "of", "%", "95 % interval", title=title)
+    for row, following in zip(report.rates, (*report.rates[1:], None), strict=True):
+        table.add_row(
+            names[row.scope].format(row.name),
+            str(row.passed),
+            str(row.total),
+            f"{100 * row.rate:.1f}",
+            f"{100 * row.low:.1f} to {100 * row.high:.1f}",
+            end_section=following is not None and following.scope != row.scope,
+        )
+    if distance := report.fidelity:
+        table.caption = (
+            f"{distance.pictures} pictures against the references: PSNR {distance.mean_psnr_db:.1f} dB on average, "
+            f"{distance.worst_psnr_db:.1f} dB at worst, SSIM {distance.mean_ssim:.4f}"
+        )
+    return table
 
 
 def _report_gate(console: Console, verdict: "GateEntry", gate: bool) -> None:
