@@ -1,7 +1,7 @@
 """Calibration: real denoising runs through the reference modules, with observers on the layers to quantise.
 
-One component is in memory at a time. What a prompt contributed is a file of its own, so an interrupted run goes on
-where it stopped and, because contributions merge by maxima and counts, ends at the same digest.
+One component is in memory at a time. What a prompt contributed is a file of its own, and the files are merged in the
+order of the prompts, so an interrupted run goes on where it stopped and ends at the same digest.
 """
 
 import gc

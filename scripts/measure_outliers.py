@@ -10,19 +10,23 @@ over all steps for plain max calibration and for each remedy to benchmarks/resul
 import argparse
 import csv
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import nn
 
+from sana_calibration import smoothing
 from sana_calibration.aggregate import component_scales
 from sana_calibration.layers import weight_of
 from sana_calibration.observers import observing
 from sana_calibration.recipe import LayerRule, PerChannel, PerTensor, load_recipe
 from sana_calibration.scales import LayerScales
 from sana_calibration.sensitivity import Sensitivity, block_groups
+from sana_calibration.smoothing import exact_smooth_factor, smooth_factor
 from sana_calibration.testing import plant_outliers
 from sana_export.calibration_run import DenoisingRun, Feed, rules_of
 from sana_export.sensitivity_run import denoising_steps, velocity_of
@@ -35,6 +39,7 @@ CHANNELS = (7, 30, 51)
 # Powers of two leave the velocity as it is. The last one brings the channels to what was seen in fp16-era weights.
 FACTORS = (1, 128, 1024, 8192, 262144)
 WANTED_DB = 15.0
+FactorRule = Callable[..., np.ndarray]
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "outliers.csv"
 
 
@@ -68,9 +73,16 @@ class Bench:
                 self.module(**feed)
         return component_scales(rules, observers.take(), lambda name: weight_of(self.module, self.prefix + name))
 
-    def judge(self, rules: dict[str, LayerRule]) -> Sensitivity:
-        """The measurement of a set of rules."""
-        return Sensitivity(self.module, self.prefix, rules, self.scales(rules), self.feeds, velocity_of)
+    def judge(self, rules: dict[str, LayerRule], factors: FactorRule = smooth_factor) -> Sensitivity:
+        """The measurement of a set of rules; `factors` replaces the smooth factors."""
+        with patch.object(smoothing, "smooth_factor", factors):
+            scales = self.scales(rules)
+        return Sensitivity(self.module, self.prefix, rules, scales, self.feeds, velocity_of)
+
+
+def powers_of_two(channel_amax: np.ndarray, weight: torch.Tensor, alpha: float, _: str) -> np.ndarray:
+    """Smooth factors [I] that a graph could fold into its neighbours without changing a bit."""
+    return np.exp2(np.rint(np.log2(exact_smooth_factor(channel_amax, weight, alpha)))).astype(np.float32)
 
 
 def measure(bench: Bench, resolved: dict[str, LayerRule]) -> Iterator[Row]:
@@ -89,6 +101,11 @@ def _measure_format(bench: Bench, dtype: str, plain: dict[str, LayerRule]) -> It
     for calibration, changes in _calibrations(dtype).items():
         rules = {name: replace(rule, **changes) for name, rule in plain.items()}
         yield row(calibration, len(rules), bench.judge(rules).sqnr_db(rules))
+    for alpha in (0.5, 0.8):
+        changes = {"granularity": PerChannel(), "smoothing_alpha": alpha}
+        rules = {name: replace(rule, **changes) for name, rule in plain.items()}
+        judge = bench.judge(rules, powers_of_two)
+        yield row(f"per-channel weights + SmoothQuant alpha {alpha}, powers of two", len(rules), judge.sqnr_db(rules))
     rules = {name: replace(rule, granularity=PerChannel()) for name, rule in plain.items()}
     judge = bench.judge(rules)
     proposal = judge.propose("transformer", judge.ranking(block_groups(rules)), wanted_db=WANTED_DB)
@@ -110,6 +127,7 @@ def _calibrations(dtype: str) -> dict[str, dict]:
         "per-channel weights + percentile 99.9": {**per_channel, "amax": "percentile", "percentile": 99.9},
         "per-channel weights + SmoothQuant alpha 0.5": {**per_channel, "smoothing_alpha": 0.5},
         "per-channel weights + SmoothQuant alpha 0.8": {**per_channel, "smoothing_alpha": 0.8},
+        "per-channel weights + SmoothQuant alpha searched": {**per_channel, "smoothing_alpha": "search"},
     }
     if dtype == "int8":
         found["per-channel weights + entropy"] = {**per_channel, "amax": "entropy"}

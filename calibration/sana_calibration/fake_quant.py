@@ -9,9 +9,12 @@ from torch.utils.hooks import RemovableHandle
 
 from sana_calibration.layers import weight_of
 from sana_calibration.quantize import activation_scale, fake_quantize, quantize_weight
-from sana_calibration.rules import LayerRule
+from sana_calibration.rules import LayerRule, PerTensor
 from sana_calibration.scales import LayerScales
 from sana_runtime.errors import InputError
+
+# Elements of a weight that are quantised together: the working copies are fp32.
+_CHUNK = 1 << 22
 
 
 @contextmanager
@@ -25,7 +28,9 @@ def fake_quantized(
     originals = {name: weight_of(module, prefix + name).data for name in rules}
     with ExitStack() as stack:
         for name, data in originals.items():
-            stack.callback(_set_weight, module.get_submodule(prefix + name), data)
+            layer = module.get_submodule(prefix + name)
+            stack.callback(_set_weight, layer, data)
+            _set_weight(layer, data.clone())
         for handle in fake_quantize_in_place(module, prefix, rules, scales):
             stack.callback(handle.remove)
         yield module
@@ -34,12 +39,12 @@ def fake_quantized(
 def fake_quantize_in_place(
     module: nn.Module, prefix: str, rules: Mapping[str, LayerRule], scales: Mapping[str, LayerScales]
 ) -> list[RemovableHandle]:
-    """Fake-quantise for good, one layer's memory at a time. The handles stop the activations' quantisation."""
+    """Fake-quantise for good, in the weights' own memory. The handles stop the activations' quantisation."""
     found = {name: _scales_of(name, rule, scales) for name, rule in rules.items()}
     handles = []
     for name, rule in rules.items():
         layer = module.get_submodule(prefix + name)
-        _set_weight(layer, _fake_weight(weight_of(layer).data, rule, found[name]))
+        _fake_quantize_weight_(weight_of(layer).data, rule, found[name])
         if rule.activation_dtype is not None:
             handles.append(layer.register_forward_pre_hook(_ActivationHook(rule, found[name])))
     return handles
@@ -57,8 +62,20 @@ def _set_weight(layer: nn.Module, data: torch.Tensor) -> None:
     weight_of(layer).data = data
 
 
+def _fake_quantize_weight_(weight: torch.Tensor, rule: LayerRule, scales: LayerScales) -> None:
+    """In place, a few rows at a time where no scale spans them: of Gemma-2's table alone a copy is 2.2 GiB."""
+    rows = weight.shape[0]
+    if not isinstance(rule.granularity, PerTensor):
+        rows = max(1, _CHUNK // max(1, weight[0].numel()))
+    for part in weight.split(rows):
+        part.copy_(_fake_weight(part, rule, scales))
+
+
 def _fake_weight(weight: torch.Tensor, rule: LayerRule, scales: LayerScales) -> torch.Tensor:
-    quantized = quantize_weight(weight, rule, scales.smooth_factor, weight.dtype)
+    factor = scales.smooth_factor
+    if factor is not None:  # in the dtype the activation is divided in, as in the graph
+        factor = torch.from_numpy(factor).to(weight.dtype).float().numpy()
+    quantized = quantize_weight(weight, rule, factor, weight.dtype)
     return quantized.dequantized().to(weight.dtype)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,16 +12,21 @@ from sana_calibration.histogram import Histogram
 from sana_calibration.rules import LayerRule
 from sana_runtime.errors import InputError
 
+# Kept of a layer's input at every solver step of every prompt to search for alpha with.
+ROWS_PER_PASS = 8
+
 
 @dataclass(frozen=True, eq=False)
 class Observation:
     """What went into one layer: `step_amax` [num_steps] fp32 (0 where the layer did not run); `channel_amax` [I] fp32
-    where the rule smooths; `histogram` where it needs a distribution.
+    where the rule smooths; `histogram` where it needs a distribution; `rows` [R, I] fp32, a few inputs of every pass,
+    where it searches for alpha.
     """
 
     step_amax: np.ndarray
     channel_amax: np.ndarray | None = None
     histogram: Histogram | None = None
+    rows: np.ndarray | None = None
 
     @property
     def amax(self) -> float:
@@ -29,13 +34,15 @@ class Observation:
         return float(self.step_amax.max())
 
     def merged(self, other: "Observation") -> "Observation":
-        """What both saw. Maxima and counts: the order does not matter."""
-        channel, histogram = self.channel_amax, self.histogram
+        """What both saw. Maxima and counts, whose order does not matter; of the rows, those of `self` come first."""
+        channel, histogram, rows = self.channel_amax, self.histogram, self.rows
         if channel is not None and other.channel_amax is not None:
             channel = np.maximum(channel, other.channel_amax)
         if histogram is not None and other.histogram is not None:
             histogram = histogram.merged(other.histogram)
-        return Observation(np.maximum(self.step_amax, other.step_amax), channel, histogram)
+        if rows is not None and other.rows is not None:
+            rows = np.concatenate([rows, other.rows])
+        return Observation(np.maximum(self.step_amax, other.step_amax), channel, histogram, rows)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The observation as named arrays, for a file."""
@@ -45,13 +52,15 @@ class Observation:
         if self.histogram is not None:
             found["counts"] = self.histogram.counts
             found["exponent"] = np.array([self.histogram.exponent], np.int64)
+        if self.rows is not None:
+            found["rows"] = self.rows
         return found
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "Observation":
         """The inverse of `arrays`."""
         histogram = Histogram(int(arrays["exponent"][0]), arrays["counts"]) if "counts" in arrays else None
-        return cls(arrays["step_amax"], arrays.get("channel_amax"), histogram)
+        return cls(arrays["step_amax"], arrays.get("channel_amax"), histogram, arrays.get("rows"))
 
 
 class AmaxObserver:
@@ -61,6 +70,7 @@ class AmaxObserver:
         self._name = name
         self._channel_axis = channel_axis if rule.smoothing_alpha is not None else None
         self._wants_histogram = rule.amax != "max"
+        self._wants_rows = rule.smoothing_alpha == "search"
         self._num_steps = num_steps
         self.step = 0
         self.where = ""
@@ -68,6 +78,8 @@ class AmaxObserver:
 
     def __call__(self, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         found = self._observe(inputs[0].detach().abs().float())
+        if self._wants_rows:
+            found = replace(found, rows=_spread_rows(inputs[0].detach()))
         self._observed = found if self._observed is None else self._observed.merged(found)
 
     def take(self) -> Observation:
@@ -100,6 +112,13 @@ class AmaxObserver:
             others = tuple(index for index in range(magnitude.ndim) if index != axis)
             channels = magnitude.amax(dim=others).cpu().numpy()
         return Observation(step_amax, channels, Histogram.of(magnitude, amax) if self._wants_histogram else None)
+
+
+def _spread_rows(x: torch.Tensor) -> np.ndarray:
+    """A few rows [R, I] of an input [..., I], evenly spread over it, so that both guidance halves are among them."""
+    rows = x.flatten(0, -2)
+    chosen = np.unique(np.linspace(0, len(rows) - 1, ROWS_PER_PASS).round().astype(np.int64))
+    return rows[torch.from_numpy(chosen).to(rows.device)].float().cpu().numpy()
 
 
 class Observers:

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import yaml
@@ -54,7 +54,8 @@ class _RuleRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     activation_dtype: str | None = None
     amax: str = "max"
     percentile: float = 99.99
-    smoothing_alpha: float | None = None
+    smoothing_alpha: float | Literal["search"] | None = None
+    smoothing_candidates: tuple[float, ...] = ()
 
 
 class _ExclusionRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -136,6 +137,13 @@ def _text(where: str) -> str:
 
 
 def _rule(row: _RuleRow, pattern: str) -> LayerRule:
+    if row.smoothing_candidates and row.smoothing_alpha != "search":
+        raise InputError(
+            f"recipe: rule '{pattern}' has smoothing_candidates and no search",
+            received=f"smoothing_alpha: {row.smoothing_alpha}",
+            expected="smoothing_alpha: search",
+            action="correct the recipe",
+        )
     fields = msgspec.structs.asdict(row)
     del fields["layers"]
     return LayerRule(**{**fields, "pattern": pattern, "granularity": _granularity(row.granularity)})
@@ -151,6 +159,7 @@ def _row(rule: LayerRule) -> _RuleRow:
         rule.amax,
         rule.percentile,
         rule.smoothing_alpha,
+        rule.smoothing_candidates,
     )
 
 

@@ -14,6 +14,8 @@ from sana_runtime.errors import InputError
 StoredDtype = Literal["float8e4m3fn", "int8", "int4"]
 BaseDtype = Literal["float32", "bfloat16", "float16"]
 AmaxRule = Literal["max", "percentile", "entropy"]
+# A search tries these unless the recipe names others.
+ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class LayerRule:
 
     `activation_dtype` None stores the weight in `weight_dtype` and computes in the base dtype. `amax` chooses the
     activation's scale from what calibration saw; `percentile` is used by that choice alone. `smoothing_alpha` moves
-    the activation's outlier channels into the weight (SmoothQuant), 0 <= alpha <= 1.
+    the activation's outlier channels into the weight (SmoothQuant), 0 <= alpha <= 1; "search" chooses for every layer
+    among `smoothing_candidates` (none: `ALPHAS`) and no smoothing.
     """
 
     component: ComponentName
@@ -61,7 +64,8 @@ class LayerRule:
     granularity: Granularity
     amax: AmaxRule = "max"
     percentile: float = 99.99
-    smoothing_alpha: float | None = None
+    smoothing_alpha: float | Literal["search"] | None = None
+    smoothing_candidates: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         _check_choice(self, "component", self.component, COMPONENTS)
@@ -86,8 +90,12 @@ class LayerRule:
         yield "percentile", self.percentile, "a number in (0, 100]", 0 < self.percentile <= 100
         entropy_fits = self.amax != "entropy" or act == "int8"
         yield "amax", self.amax, "entropy for int8 activations only: it counts equal steps", entropy_fits
+        candidates, searched = self.smoothing_candidates, alpha == "search"
+        yield "smoothing_candidates", candidates, "numbers from 0 to 1", all(0 <= value <= 1 for value in candidates)
+        yield "smoothing_candidates", candidates, "each number once", len(set(candidates)) == len(candidates)
         if alpha is not None:
-            yield "smoothing_alpha", alpha, "a number from 0 to 1", 0 <= alpha <= 1
+            in_range = searched or (not isinstance(alpha, str) and 0 <= alpha <= 1)
+            yield "smoothing_alpha", alpha, "a number from 0 to 1, or search", in_range
             yield "smoothing_alpha", alpha, "an activation_dtype to smooth", act is not None
             yield "smoothing_alpha", alpha, "amax: max, which alone is exact after smoothing", self.amax == "max"
 
@@ -148,7 +156,7 @@ class Recipe:
         """Hex SHA-256 of everything that decides what calibration measures and quantisation does: not the name,
         the gate or the reasons, and of the base dtype only whether it has fp16's narrow range.
         """
-        rules = [{**asdict(rule), "granularity": str(rule.granularity)} for rule in self.rules]
+        rules = [_content(rule) for rule in self.rules]
         exclusions = [(exclusion.component, exclusion.pattern) for exclusion in self.exclusions]
         return hashlib.sha256(
             msgspec.json.encode((rules, exclusions, self.base_dtype == "float16"), order="sorted")
@@ -157,6 +165,14 @@ class Recipe:
     def excluding(self, more: tuple[Exclusion, ...]) -> "Recipe":
         """The same recipe with further exclusions."""
         return replace(self, exclusions=(*self.exclusions, *more))
+
+
+def _content(rule: LayerRule) -> dict[str, object]:
+    """A rule as it enters the digest; candidates only where there are any, as before there were candidates."""
+    content = {**asdict(rule), "granularity": str(rule.granularity)}
+    if not rule.smoothing_candidates:
+        del content["smoothing_candidates"]
+    return content
 
 
 def _check_choice(owner: object, field: str, value: object, choices: tuple) -> None:

@@ -22,12 +22,18 @@ FORMAT_VERSION = 1
 class LayerScales:
     """One layer. `activation_amax` None: weight only. `smooth_factor` [I] fp32: the activation is divided by it and the
     weight's columns are multiplied; `activation_amax` is that of the divided activation. `step_amax` [num_steps]
-    fp32: the largest absolute value per solver step before smoothing.
+    fp32: the largest absolute value per solver step before smoothing. Where alpha was searched: `smoothing_alpha` is
+    the one taken (None: no smoothing), `alpha_errors` fp32 the relative RMS without smoothing, then of each candidate.
     """
 
     activation_amax: float | None
     smooth_factor: np.ndarray | None = None
     step_amax: np.ndarray | None = None
+    smoothing_alpha: float | None = None
+    alpha_errors: np.ndarray | None = None
+
+
+_FIELDS = ("activation_amax", "smooth_factor", "step_amax", "smoothing_alpha", "alpha_errors")
 
 
 class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -112,7 +118,7 @@ def _tensors(scales: Scales) -> tuple[dict[str, np.ndarray], dict[str, list[str]
     tensors: dict[str, np.ndarray] = {}
     for component, layers in scales.layers.items():
         for layer, found in layers.items():
-            for what in ("activation_amax", "smooth_factor", "step_amax"):
+            for what in _FIELDS:
                 value = getattr(found, what)
                 if value is not None:
                     tensors[f"{component}/{layer}/{what}"] = np.atleast_1d(np.asarray(value, np.float32))
@@ -144,12 +150,10 @@ def _read(path: Path) -> Scales:
 
 
 def _layer(tensors: Mapping[str, np.ndarray], name: str) -> LayerScales:
-    amax = tensors.get(f"{name}/activation_amax")
-    return LayerScales(
-        None if amax is None else float(amax[0]),
-        tensors.get(f"{name}/smooth_factor"),
-        tensors.get(f"{name}/step_amax"),
-    )
+    found: dict[str, Any] = {what: tensors.get(f"{name}/{what}") for what in _FIELDS}
+    for number in ("activation_amax", "smoothing_alpha"):
+        found[number] = None if found[number] is None else float(found[number][0])
+    return LayerScales(**found)
 
 
 def _unusable(path: Path, received: str) -> InputError:

@@ -80,6 +80,52 @@ def test_interrupted_histograms_resume_to_the_same_digest(tmp_path: Path) -> Non
     assert not any(text.startswith("transformer, prompt 2") for text in redone)
 
 
+def searching(candidates: tuple[float, ...] = ()) -> Recipe:
+    """int8 with a search wherever the shipped recipe smooths."""
+    recipe = load_recipe("int8")
+    changes: dict = {"smoothing_alpha": "search", "smoothing_candidates": candidates}
+    rules = tuple(rule if rule.smoothing_alpha is None else replace(rule, **changes) for rule in recipe.rules)
+    return replace(recipe, rules=rules)
+
+
+def test_interrupted_search_resumes_to_the_same_digest(tmp_path: Path) -> None:
+    redone = interrupt_and_resume(tmp_path / "a", searching(), "transformer, prompt 3 of 3, step 2")
+    whole = run(tmp_path / "b", searching())
+    assert redone[-1] == whole.digest
+    assert run(tmp_path / "c", searching((0.5, 0.75))).digest != whole.digest
+
+
+def test_a_search_keeps_what_it_found_in_the_cache(scales: Scales, tmp_path: Path) -> None:
+    """Taken alphas and every candidate's error survive the file; the factor is that of the alpha taken."""
+    checkpoint, recipe = open_checkpoint("random:tiny"), searching((0.25, 0.5, 0.75))
+    found = run(tmp_path, recipe)
+    found.save(tmp_path / "cache")
+    weights = {name: checkpoint.digest(name) for name in COMPONENTS}
+    read = Scales.load(tmp_path / "cache", weights=weights, recipe=recipe.digest)
+    assert read.digest == found.digest
+    searched = {name: layer for name, layer in read.component("transformer").items() if layer.alpha_errors is not None}
+    assert {*searched} == {
+        name for name, one in scales.component("transformer").items() if one.smooth_factor is not None
+    }
+    for name, layer in searched.items():
+        errors = dict(zip((None, 0.25, 0.5, 0.75), layer.alpha_errors.tolist(), strict=True))
+        assert errors[layer.smoothing_alpha] == min(errors.values()), name
+        assert (layer.smooth_factor is None) == (layer.smoothing_alpha is None)
+        fixed = {}
+        if layer.smoothing_alpha is not None:
+            rules = replace(recipe, rules=tuple(with_alpha(rule, layer.smoothing_alpha) for rule in recipe.rules))
+            fixed = run(tmp_path / f"{layer.smoothing_alpha}", rules).component("transformer")
+            np.testing.assert_array_equal(fixed[name].smooth_factor, layer.smooth_factor)
+            assert fixed[name].activation_amax == layer.activation_amax
+    assert len({layer.smoothing_alpha for layer in searched.values()}) > 1, "layers that differ take different alphas"
+
+
+def with_alpha(rule: LayerRule, alpha: float) -> LayerRule:
+    if rule.smoothing_alpha is None:
+        return rule
+    return replace(rule, smoothing_alpha=alpha, smoothing_candidates=())
+
+
 def interrupt_and_resume(folder: Path, recipe: Recipe, moment: str) -> list[str]:
     """What the second run reported, and at last its digest."""
 

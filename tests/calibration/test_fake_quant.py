@@ -1,13 +1,16 @@
 """A fake-quantised module computes what its parts say, equals modelopt's, and comes back unchanged."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from sana_calibration import fake_quant
 from sana_calibration.fake_quant import fake_quantize_in_place, fake_quantized
 from sana_calibration.quantize import activation_scale, fake_quantize, quantize_weight
 from sana_calibration.recipe import Granularity, LayerRule, PerChannel, PerTensor
 from sana_calibration.scales import LayerScales
+from sana_export.peak_memory import PeakMemory
 from sana_runtime.errors import InputError
 
 
@@ -56,6 +59,39 @@ def test_in_place_is_the_same_and_stays() -> None:
         expected = module(X)
     fake_quantize_in_place(module, "", rules, scales)
     assert torch.equal(module(X), expected)
+
+
+def test_a_16_bit_weight_is_multiplied_by_the_factor_the_activation_is_divided_by() -> None:
+    """A factor that fp16 does not know, as a cache from elsewhere may hold."""
+    module, factor = network().half(), np.linspace(0.7, 3.1, 16).astype(np.float32)
+    weight = module[0].weight.clone()
+    rounded = torch.from_numpy(factor).half()
+    assert not torch.equal(rounded.float(), torch.from_numpy(factor))
+    fake_quantize_in_place(module, "", {"0": rule()}, {"0": LayerScales(2.5, factor)})
+    expected = quantize_weight(weight, rule(), rounded.float().numpy(), torch.float16).dequantized().half()
+    assert torch.equal(module[0].weight, expected)
+    assert not torch.equal(quantize_weight(weight, rule(), factor, torch.float16).dequantized().half(), expected)
+
+
+def test_parts_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = {"0": rule(), "2": rule("float8e4m3fn", PerTensor(), active=False)}
+    whole, in_parts = network(), network()
+    factor = LayerScales(2.5, np.exp2(np.arange(16) % 3).astype(np.float32))
+    fake_quantize_in_place(whole, "", rules, {"0": factor})
+    monkeypatch.setattr(fake_quant, "_CHUNK", 3 * 16)
+    fake_quantize_in_place(in_parts, "", rules, {"0": factor})
+    assert torch.equal(in_parts(X), whole(X))
+    assert not torch.equal(whole(X), network()(X))
+
+
+def test_in_place_needs_no_copy_of_a_table() -> None:
+    """256 MiB of weights. A part's working copies are 16 MiB each, a few at a time; whole ones would be 256 MiB."""
+    table = nn.Embedding(1 << 16, 1 << 10).requires_grad_(False)
+    before = PeakMemory().mib()
+    peak = PeakMemory()
+    fake_quantize_in_place(nn.ModuleDict({"table": table}), "", {"table": rule(active=False)}, {})
+    assert peak.mib() - before < 256 / 2
+    assert table.weight[0].unique().numel() < 255 < table.weight[0].numel()
 
 
 def test_names_are_below_the_prefix() -> None:

@@ -90,6 +90,23 @@ def test_amax_is_modelopts_over_batches() -> None:
     np.testing.assert_array_equal(seen.step_amax, [float(batch.abs().max()) for batch in batches])
 
 
+def test_a_search_keeps_rows_of_every_pass_and_half() -> None:
+    layer = nn.Linear(4, 2)
+    batches = [torch.arange(240.0).view(2, 30, 4) + 1000 * step for step in range(3)]
+    with observing(layer, "", {"": rule(smoothing_alpha="search")}, 3) as observers:
+        for step, batch in enumerate(batches):
+            observers.at(step, "x")
+            layer(batch)
+        seen = observers.take()[""]
+    rows = [batch.flatten(0, 1)[index].tolist() for batch in batches for index in (0, 8, 17, 25, 34, 42, 51, 59)]
+    np.testing.assert_array_equal(seen.rows, rows)
+    again = Observation.from_arrays(seen.arrays())
+    np.testing.assert_array_equal(again.merged(seen).rows, rows + rows)
+    with observing(layer, "", {"": rule(smoothing_alpha="search")}, 1) as observers:
+        layer(batches[0][:1, :3])
+        assert len(observers.take()[""].rows) == 3, "fewer rows than are wanted: each once"
+
+
 def test_convolution_channels_are_axis_one() -> None:
     layer = nn.Conv2d(3, 4, 3)
     x = torch.randn(2, 3, 9, 7, generator=torch.Generator().manual_seed(0))

@@ -79,6 +79,16 @@ def test_int8_plain_max_loses_and_the_remedies_regain(denoising: Any, planted: n
         assert smoothed > ordinary - 2, alpha
 
 
+def test_a_searched_alpha_beats_the_fixed_ones(denoising: Any, planted: nn.Module) -> None:
+    """INT8, where smoothing matters: with outliers and without, per layer at least as good as one alpha for all."""
+    for module in (planted, denoising.module()):
+        found = {
+            alpha: sqnr(denoising, module, "int8", granularity=PerChannel(), smoothing_alpha=alpha)
+            for alpha in (None, 0.5, 0.8, "search")
+        }
+        assert found["search"] >= max(found[0.5], found[0.8], found[None]), found
+
+
 def test_exclusions_regain(denoising: Any, planted: nn.Module) -> None:
     judge, layers = sensitivity(denoising, planted, "int8", granularity=PerChannel())
     proposal = judge.propose("transformer", judge.ranking(block_groups(layers)), wanted_db=15.0)

@@ -179,6 +179,13 @@ def test_unknown_or_unnamed_layer_is_an_error(recipe: Recipe, says: str) -> None
         (("layers: [a]", "layers: a"), "layers"),
         (("rules:", "rules: ["), "line"),
         (("weight_dtype: int8", "weight_dtype: int8\n    smoothing_alpha: 0.5"), "an activation_dtype to smooth"),
+        (("weight_dtype: int8", "weight_dtype: int8\n    smoothing_alpha: search"), "an activation_dtype to smooth"),
+        (("int8", "int8\n    activation_dtype: int8\n    smoothing_alpha: find"), "find"),
+        (("int8", "int8\n    activation_dtype: int8\n    smoothing_candidates: [0.5]"), "smoothing_alpha: search"),
+        (
+            ("int8", "int8\n    activation_dtype: int8\n    smoothing_alpha: search\n    smoothing_candidates: [1.5]"),
+            "smoothing_candidates of 'a' has a wrong value\n  received: (1.5,)",
+        ),
         (("weight_dtype: int8", "weight_dtype: int8\n    activation_dtype: float8e4m3fn"), "int8 like the weight"),
         (("int8", "int8\n    activation_dtype: int8\n    amax: percentile\n    percentile: 0"), "percentile"),
         (
@@ -198,6 +205,16 @@ def test_wrong_field_or_value_is_named(change: tuple[str, str], says: str, recip
 def test_unknown_recipe_names_the_shipped_ones() -> None:
     with pytest.raises(InputError, match="fp8, int4-weight-only, int8, int8-weight-only"):
         load_recipe("fp9")
+
+
+def test_a_search_survives_the_file_and_decides_the_digest(recipe_file: Callable[[str], Path]) -> None:
+    searched = "int8\n    activation_dtype: int8\n    smoothing_alpha: search\n    smoothing_candidates: [0.4, 0.6]"
+    recipe = load_recipe(recipe_file(SMALL.replace("int8", searched, 1)))
+    (one,) = {(rule.smoothing_alpha, rule.smoothing_candidates) for rule in recipe.rules if rule.smoothing_alpha}
+    assert one == ("search", (0.4, 0.6))
+    assert load_recipe(recipe_file(recipe_yaml(recipe))) == recipe
+    every = tuple(replace(rule, smoothing_candidates=()) for rule in recipe.rules)
+    assert replace(recipe, rules=every).digest != recipe.digest
 
 
 def test_digest_follows_what_decides_a_calibration() -> None:

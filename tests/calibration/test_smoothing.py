@@ -7,6 +7,7 @@ import torch
 from sana_calibration.fake_quant import fake_quantized_product
 from sana_calibration.quantize import activation_scale
 from sana_calibration.recipe import LayerRule, PerChannel
+from sana_calibration.scales import LayerScales
 from sana_calibration.smoothing import exact_smooth_factor, layer_scales_of_channels, search_alpha, smooth_factor
 from sana_runtime.errors import InputError
 
@@ -37,20 +38,22 @@ def test_factor_is_the_inverse_of_modelopts(alpha: float) -> None:
 
 
 @pytest.mark.parametrize("base_dtype", ["bfloat16", "float16"])
-def test_factor_is_a_power_of_two_and_loses_nothing(base_dtype: str) -> None:
+def test_factor_is_the_same_in_every_dtype(base_dtype: str) -> None:
     weight, inputs = layer(outlier=3e6)
     factor = smooth_factor(inputs.abs().amax(dim=0).numpy(), weight, 0.8, base_dtype)  # type: ignore[arg-type]
     mantissa, _ = np.frexp(factor)
-    assert (mantissa == 0.5).all()
+    assert set(mantissa * 8) <= {4, 5, 6, 7}
+    assert len(set(mantissa)) > 1
     exact = exact_smooth_factor(inputs.abs().amax(dim=0).numpy(), weight, 0.8)
     ordinary = np.arange(16) != 3
-    # Rounding the logarithm to the nearest integer is off by half an octave at most.
-    assert (np.abs(np.log2(factor / exact))[ordinary] <= 0.5).all()
-    kind = getattr(torch, base_dtype)
-    assert torch.isfinite(torch.from_numpy(factor).to(kind)).all()
-    assert (torch.from_numpy(1 / factor).to(kind).float() == torch.from_numpy(1 / factor)).all()
-    tensor = torch.from_numpy(factor)
-    assert torch.equal((inputs / tensor) * tensor, inputs)
+    # Half a step of 1 / 8 is at most an eighth of the smallest mantissa, a half.
+    assert (np.abs(factor / exact - 1)[ordinary] <= 1 / 8).all()
+    tensor, kind = torch.from_numpy(factor), getattr(torch, base_dtype)
+    assert torch.equal(tensor.to(kind).float(), tensor)
+    assert (1 / tensor).to(kind).min() >= torch.finfo(kind).tiny
+    # The weight of a 16-bit checkpoint times the factor: 8 or 11 bits times 3.
+    narrow = weight.to(kind)
+    assert torch.equal((narrow.float() * tensor).double(), narrow.double() * tensor.double())
 
 
 def test_dead_channels_are_left_alone() -> None:
@@ -96,6 +99,45 @@ def test_search_prefers_smoothing_where_there_are_outliers() -> None:
 def test_search_tries_no_smoothing_and_the_given_grid() -> None:
     found = search_alpha(*layer(), RULE, alphas=(0.25, 0.75))
     assert set(found.errors) == {None, 0.25, 0.75}
+
+
+def test_search_heeds_channels_that_reach_further_elsewhere() -> None:
+    """A channel that is an outlier only in inputs that were not kept: without smoothing it takes everybody's range."""
+    weight, inputs = layer()
+    seen = inputs.abs().amax(dim=0).numpy()
+    seen[3] *= 100
+    assert search_alpha(weight, inputs, RULE).errors[None] < 0.03
+    assert search_alpha(weight, inputs, RULE, channel_amax=seen).errors[None] > 0.3
+
+
+@pytest.mark.parametrize(("dtype", "outlier"), [("int8", 1.0), ("int8", 100.0), ("float8e4m3fn", 100.0)])
+def test_rounding_the_factor_costs_little(dtype: str, outlier: float) -> None:
+    """20 layers against the exact factor. Off by a factor in [7/8, 9/8] at most, a channel gains or loses that much
+    range; the amax follows the one that gained most, 9/8, and with it the error of all. Powers of two: half an octave.
+    """
+    rule = LayerRule("transformer", "*", dtype, dtype, PerChannel())  # type: ignore[arg-type]
+    ratios: dict[str, list[float]] = {"three bits": [], "powers of two": []}
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        weight, inputs = (torch.randn(rows, 64, generator=generator) for rows in (256, 512))
+        sizes = torch.exp2(4 * torch.rand(64, generator=generator))
+        sizes[3] *= outlier
+        weight, inputs = weight / sizes, inputs * sizes
+        amax = inputs.abs().amax(dim=0).numpy()
+        factor = exact_smooth_factor(amax, weight, 0.5)
+        exact = product_error(weight, inputs, rule, factor)
+        ratios["three bits"].append(product_error(weight, inputs, rule, smooth_factor(amax, weight, 0.5)) / exact)
+        twos = np.exp2(np.rint(np.log2(factor)))
+        ratios["powers of two"].append(product_error(weight, inputs, rule, twos) / exact)
+    assert np.mean(ratios["three bits"]) < 9 / 8
+    if dtype == "int8":
+        assert np.mean(ratios["powers of two"]) > 9 / 8, "then powers of two would do"
+
+
+def product_error(weight: torch.Tensor, inputs: torch.Tensor, rule: LayerRule, factor: np.ndarray) -> float:
+    exact = inputs @ weight.T
+    scales = LayerScales(float((inputs / torch.from_numpy(factor)).abs().max()), factor)
+    return float((fake_quantized_product(inputs, weight, rule, scales) - exact).norm() / exact.norm())
 
 
 def test_search_needs_a_quantised_activation() -> None:

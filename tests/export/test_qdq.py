@@ -283,6 +283,118 @@ def test_component_equals_fake_quantised_torch(quantized, name: str) -> None:
             assert row.relative_rms < noise.relative_rms, "the comparison is blinder than the quantisation itself"
 
 
+FP16_CASES = (
+    "transformer-fp8",
+    "transformer-int8-smooth",
+    "transformer-int8-weights",
+    "sprint-fp8",
+    "vae_decoder-int8",
+)
+
+
+@pytest.mark.parametrize("name", FP16_CASES)
+def test_every_quantised_layer_equals_fake_quantised_torch_in_fp16(quantized, name: str) -> None:
+    """As in fp32, on the graph's own fp16 activations: scales and Q/DQ to the bit. The division by a smooth factor is
+    held to three roundings of 2^-11: of either result, and of its input, which ONNX Runtime may keep in fp32.
+
+    A product is judged against fp64: both sides add in fp32 and round once to fp16, 2^-12 of each element in RMS, which
+    2^-11 covers together with the sums. ONNX Runtime has no bf16 kernels on the CPU; the rounding there is one formula
+    with this (`fake_quantize`), and its scales are checked above.
+    """
+    exported = quantized(name, "fp16")
+    graph = graph_of(exported.path)
+    nodes = {node.name: node for node in graph.node}
+    producers = {output: node for node in graph.node for output in node.output}
+    module = loaded_module(exported.plan, exported.checkpoint)
+    sites: dict[str, tuple[str, str, str, str]] = {}
+    for row in exported.report.quantization.layers:
+        read = rounded = nodes[row.node].input[0]
+        if row.activation_dtype is not None:
+            rounded = producers[producers[read].input[0]].input[0]
+        whole = producers[rounded].input[0] if row.smoothed else rounded
+        sites[row.layer] = (whole, rounded, read, nodes[row.node].output[0])
+    values = run_in_fp16(exported, sorted({name for found in sites.values() for name in found}))
+    compared = 0
+    for row in exported.report.quantization.layers:
+        layer = module.get_submodule(exported.plan.prefix + row.layer)
+        rule, scales = exported.quantization.rules[row.layer], exported.quantization.scales.get(row.layer)
+        whole, x, read, out = (values[value] for value in sites[row.layer])
+        if x.dtype != torch.float16:
+            continue  # what an fp16 graph keeps in fp32 is compared above
+        factor = None
+        if scales is not None and scales.smooth_factor is not None:
+            factor = scales.smooth_factor.astype(np.float16)  # this test's own factors are of any size
+        if rule.activation_dtype is not None:
+            if factor is not None:
+                step = 2**-24 * (1 + 1 / float(factor.min()))  # of subnormal numbers, before and after
+                torch.testing.assert_close(x, whole / torch.from_numpy(factor), rtol=3 * 2**-11, atol=step)
+            x = fake_quantize(x, activation_scale(scales.activation_amax, rule.activation_dtype), rule.activation_dtype)
+            assert torch.equal(read, x), f"{row.layer}: the activation's Q/DQ differs"
+            assert torch.unique(x).numel() > 8, f"{row.layer}: a constant activation compares nothing"
+        stored = quantize_weight(layer.weight, rule, factor, torch.float16).dequantized().half().double()
+        bias = layer.bias.double() if row.op != "MatMul" and layer.bias is not None else None
+        exact = (
+            nn.functional.conv2d(x.double(), stored, bias, padding=1)
+            if row.op == "Conv"
+            else nn.functional.linear(x.double(), stored, bias)
+        )
+        assert float((out.double() - exact).norm() / exact.norm()) < 2**-11, row.layer
+        compared += 1
+    assert compared >= 5
+
+
+def run_in_fp16(exported: Exported, names: list[str]) -> dict[str, torch.Tensor]:
+    """`run_with_outputs` for a graph with bf16 inputs, which NumPy does not know."""
+    model = onnx.load(exported.path, load_external_data=False)
+    given = feeds(exported.plan)
+    inner = [name for name in names if name not in given]
+    present = {value.name for value in model.graph.output}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in inner if name not in present)
+    probe = exported.path.with_name("probe.onnx")
+    onnx.save(model, probe)
+    values = {name: ort_value(tensor) for name, tensor in given.items()}
+    found = session(probe).run_with_ort_values(inner, values)
+    return {name: torch.from_numpy(value.numpy()) for name, value in zip(inner, found, strict=True)} | given
+
+
+def ort_value(tensor: torch.Tensor) -> onnxruntime.OrtValue:
+    if tensor.dtype == torch.bfloat16:
+        raw = tensor.view(torch.int16).numpy().view(np.uint16)
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(raw, TensorProto.BFLOAT16)
+    return onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy())
+
+
+@pytest.mark.parametrize("name", ["transformer-fp8", "transformer-int8-smooth", "vae_decoder-int8"])
+def test_component_equals_fake_quantised_torch_in_fp16(quantized, name: str) -> None:
+    """End to end: a rounding of fp16 instead of fp32 may move a value over a boundary of the 8-bit type. How far that
+    carries, PyTorch shows with weights moved by one fp16 rounding; four times that, and one rounding of the result.
+    """
+    exported = quantized(name, "fp16")
+    plan, values = exported.plan, feeds(exported.plan)
+    ready = {key: ort_value(tensor) for key, tensor in values.items()}
+    outputs = [value.numpy() for value in session(exported.path).run_with_ort_values(None, ready)]
+    module = loaded_module(plan, exported.checkpoint)
+    plain = run_module(module, values)
+    with fake_quantized(module, plan.prefix, exported.quantization.rules, exported.quantization.scales):
+        expected = run_module(module, values)
+        generator = torch.Generator().manual_seed(7)
+        for parameter in module.parameters():
+            noise = 1 + 2**-11 * torch.randn(parameter.shape, generator=generator)
+            parameter.data = (parameter.data.float() * noise).to(parameter.dtype)
+        moved = run_module(module, values)
+    for spec, candidate, reference, shifted, unquantized in zip(
+        plan.outputs, outputs, expected, moved, plain, strict=True
+    ):
+        row = measure(name, spec.name, candidate, reference)
+        floor = measure(name, spec.name, shifted, reference)
+        noise = measure(name, spec.name, reference, unquantized)
+        if spec.dtype == "uint8":
+            assert row.max_abs <= 1 + 4 * floor.max_abs, row
+        else:
+            assert row.relative_rms <= 2**-11 + 4 * floor.relative_rms, (row, floor)
+            assert row.relative_rms < noise.relative_rms, "the comparison is blinder than the quantisation itself"
+
+
 def run_module(module: nn.Module, values: dict[str, torch.Tensor]) -> tuple[np.ndarray, ...]:
     with torch.inference_mode():
         outputs = module(**values)

@@ -8,7 +8,7 @@ them; weights carry no zero point, activations a constant zero of the stored typ
 one pair if everything about it is equal.
 
 An embedding table is dequantised before its Gather: TensorRT-RTX refuses a Gather of 8-bit constants, ONNX Runtime one
-of FP8; its compiler dequantises inside the Gather, only the rows it reads.
+of FP8; its compiler dequantises inside the Gather, only the rows it reads. `gather_rows` writes ONNX Runtime's graph.
 
 Every layer under a rule is rewritten or refused, with the node and the reason; all refusals come before the first edit.
 """
