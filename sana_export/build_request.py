@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from sana_calibration.shipped import recipe_names
 from sana_runtime.contract import (
@@ -14,6 +15,8 @@ from sana_runtime.contract import (
     TargetName,
 )
 from sana_runtime.errors import InputError
+from sana_runtime.plan_builder import check_plugin_form
+from sana_runtime.plugins import PluginForm
 
 _MAX_SIDE = 4096
 
@@ -47,7 +50,8 @@ class CalibrationSettings:
 class BuildRequest:
     """What to build. `height`, `width` in pixels. `precision` is fp32, bf16, fp16 or a shipped recipe's name; `recipe`,
     a file, replaces it. `base_precision` is that of what a recipe does not quantise (None: the recipe's own).
-    `gate`: judge a quantised build. `plugin`: compile linear attention as the TensorRT plugin.
+    `gate`: judge a quantised build. `plugin`: compile linear attention as the TensorRT plugin, in the form
+    `plugin_form`.
     """
 
     model: str
@@ -64,6 +68,7 @@ class BuildRequest:
     calibration: CalibrationSettings = CalibrationSettings()
     gate: bool = True
     plugin: bool = False
+    plugin_form: PluginForm = "class"
 
     @property
     def recipe_name(self) -> str | None:
@@ -79,6 +84,9 @@ class BuildRequest:
             self._check_base_precision()
         for target in self.targets:
             _check_choice("target", target, TARGETS)
+            if self.plugin:
+                check_plugin_form(target, self.plugin_form)
+        _check_choice("plugin-form", self.plugin_form, get_args(PluginForm))
         for component in self.components:
             _check_choice("component", component, COMPONENTS)
         if not self.targets or not self.components:

@@ -1,5 +1,6 @@
 """What a quantised build adds: the recipe's verdict on every layer, the calibration, the report and the gate."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
@@ -11,8 +12,9 @@ import msgspec
 from sana_calibration.layers import exclusions_of, layers_of
 from sana_calibration.prompts import load_prompts
 from sana_calibration.recipe import load_recipe
-from sana_calibration.rules import Gate, LayerRule, Recipe
-from sana_calibration.scales import Scales
+from sana_calibration.rules import ALPHAS, Gate, LayerRule, Recipe
+from sana_calibration.scales import LayerScales, Scales
+from sana_calibration.sensitivity import block_groups
 from sana_export.build_request import BuildRequest
 from sana_export.calibration_run import DenoisingRun, calibrate, rules_of
 from sana_export.components import ComponentPlan, parameters_on_meta
@@ -148,17 +150,41 @@ def component_report(
 ) -> bytes:
     """The JSON file that says of every layer what was quantised, what was not, and why."""
     found = scales.component(component) if scales else {}
+    rules = build.rules[component]
     content: dict[str, Any] = {
         "recipe": build.recipe.name,
         "quantized_flops_fraction": report.quantized_fraction,
         "weight_bytes": {"before": report.weight_bytes, "after": report.stored_bytes},
         "layers": [
-            {**asdict(layer), "activation_amax": found[layer.layer].activation_amax if layer.layer in found else None}
-            for layer in report.layers
+            {**asdict(layer), **_calibrated(rules[layer.layer], found.get(layer.layer))} for layer in report.layers
         ],
         "excluded": [{"layer": name, "reason": reason} for name, reason in build.exclusions[component].items()],
     }
     return msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"
+
+
+def _calibrated(rule: LayerRule, scales: LayerScales | None) -> dict[str, Any]:
+    """What calibration chose for a layer, and where it searched for alpha, what each candidate would have cost."""
+    row: dict[str, Any] = {"activation_amax": scales.activation_amax if scales else None}
+    if scales and scales.alpha_errors is not None:
+        labels = ["none", *(f"{alpha:g}" for alpha in rule.smoothing_candidates or ALPHAS)]
+        errors = dict(zip(labels, (float(f"{error:.4g}") for error in scales.alpha_errors), strict=True))
+        row |= {"smoothing_alpha": scales.smoothing_alpha, "relative_rms_by_alpha": errors}
+    return row
+
+
+def alpha_summary(scales: Mapping[str, LayerScales]) -> list[str]:
+    """One line per place in the block: which alphas its layers took. Empty where nothing was searched."""
+    searched = [name for name, found in scales.items() if found.alpha_errors is not None]
+    lines = []
+    for place, names in block_groups(searched).items():
+        taken = Counter(scales[name].smoothing_alpha for name in names)
+        parts = (
+            f"{'no smoothing' if alpha is None else f'{alpha:g}'} x {count}"
+            for alpha, count in sorted(taken.items(), key=lambda item: -1 if item[0] is None else item[0])
+        )
+        lines.append(f"{place}: {', '.join(parts)}")
+    return lines
 
 
 def _check_target(recipe: Recipe, target: TargetName) -> None:

@@ -2,8 +2,9 @@
 
     index = compile_kernels(folder, capabilities=(86, 89, 120), dtypes=("bfloat16",), forms=(False,))
 
-One cubin per kernel, compute capability, dtype and form, and `kernels.json`, which lists them with digests,
-argument lists and tilings (schema: `sana_runtime.plugins`). The same inputs and compiler give the same bytes.
+One file per kernel, compute capability, dtype and form, and `kernels.json`, which lists them with digests, argument
+lists and tilings (schema: `sana_runtime.plugins`). The same inputs and compiler give the same bytes. The plugin class
+launches cubins; a quick plugin hands PTX to TensorRT (`plugin_form="quick"`).
 """
 
 import hashlib
@@ -24,6 +25,7 @@ from sana_runtime.plugins import (
     KernelArgument,
     KernelEntry,
     KernelIndex,
+    PluginForm,
     Role,
 )
 
@@ -41,6 +43,9 @@ _FLOATS = ("eps", "norm_eps")
 _MULTIPLES_OF_16 = ("channels",)
 # More than this needs an attribute set on the device before the launch.
 _PLAIN_SHARED_BYTES = 48 << 10
+# PTX of the oldest version that knows the GPU: a driver reads no newer version than its own.
+_PTX_VERSIONS = {110: 90, 120: 87}
+_OLDEST_PTX = 80
 
 OnKernel = Callable[[int, int], None]
 
@@ -54,11 +59,17 @@ class _Job:
     dtype: str
     qk_norm: bool
     head_dim: int
+    plugin_form: PluginForm
 
     @property
     def name(self) -> str:
         norm = "_qknorm" if self.qk_norm else ""
         return f"relu_linear_attention_{self.role}_{self.dtype}{norm}_d{self.head_dim}_sm{self.capability}"
+
+    @property
+    def ptx_version(self) -> int | None:
+        """For PTX; a cubin holds none."""
+        return _PTX_VERSIONS.get(self.capability, _OLDEST_PTX) if self.plugin_form == "quick" else None
 
 
 def compile_kernels(
@@ -68,19 +79,21 @@ def compile_kernels(
     dtypes: Sequence[str] = tuple(DTYPES),
     forms: Sequence[bool] = (False, True),
     head_dims: Sequence[int] = (HEAD_DIM,),
+    plugin_form: PluginForm = "class",
     on_kernel: OnKernel | None = None,
 ) -> KernelIndex:
     """Compile and write into `folder`, which is made; about half a second per kernel.
 
-    `capabilities`: 89 is sm_89. `forms`: with qk-norm (True), without, or both. `on_kernel(done, total)` reports
-    progress. The index is written last, so that a folder with one is whole.
+    `capabilities`: 89 is sm_89. `forms`: with qk-norm (True), without, or both. `plugin_form`: cubins for the plugin
+    class, or PTX for the quick plugins. `on_kernel(done, total)` reports progress. The index is written last, so that
+    a folder with one is whole.
 
     Raises `InputError` for a value not supported, `TargetError` without Triton, `BuildError` when Triton cannot
     compile or the disk is full.
     """
     _check(capabilities, dtypes, head_dims)
     _require_triton()
-    jobs = [*_jobs(capabilities, dtypes, forms, head_dims)]
+    jobs = [*_jobs(capabilities, dtypes, forms, head_dims, plugin_form)]
     entries = []
     for done, job in enumerate(jobs, 1):
         entries.append(_compile(job, folder))
@@ -88,7 +101,7 @@ def compile_kernels(
             on_kernel(done, len(jobs))
     import triton
 
-    index = KernelIndex(INDEX_VERSION, f"triton {triton.__version__}", tuple(entries))
+    index = KernelIndex(INDEX_VERSION, f"triton {triton.__version__}", tuple(entries), plugin_form)
     content = msgspec.json.format(msgspec.json.encode(index), indent=1) + b"\n"
     _write(folder / KERNEL_INDEX, content)
     return index
@@ -126,16 +139,20 @@ def _require_triton() -> None:
 
 
 def _jobs(
-    capabilities: Sequence[int], dtypes: Sequence[str], forms: Sequence[bool], head_dims: Sequence[int]
+    capabilities: Sequence[int],
+    dtypes: Sequence[str],
+    forms: Sequence[bool],
+    head_dims: Sequence[int],
+    plugin_form: PluginForm,
 ) -> Iterator[_Job]:
     for capability in capabilities:
         for dtype in dtypes:
             for qk_norm in forms:
                 if qk_norm:  # it works on whole rows: one serves every head width
-                    yield _Job("key_rms", capability, dtype, True, head_dims[0])
+                    yield _Job("key_rms", capability, dtype, True, head_dims[0], plugin_form)
                 for head_dim in head_dims:
-                    yield _Job("state", capability, dtype, qk_norm, head_dim)
-                    yield _Job("apply", capability, dtype, qk_norm, head_dim)
+                    yield _Job("state", capability, dtype, qk_norm, head_dim, plugin_form)
+                    yield _Job("apply", capability, dtype, qk_norm, head_dim, plugin_form)
 
 
 def _compile(job: _Job, folder: Path) -> KernelEntry:
@@ -145,11 +162,15 @@ def _compile(job: _Job, folder: Path) -> KernelEntry:
     kernel, constants, tiling = _recipe(job, kernels, tilings)
     arguments = _arguments(kernel)
     compiled = _triton_compile(job, kernel, arguments, constants, tiling)
-    cubin: bytes = compiled.asm["cubin"]
-    hidden = _parameter_count(compiled.asm["ptx"]) - len(arguments)
+    ptx: str = compiled.asm["ptx"]
+    hidden = _parameter_count(ptx) - len(arguments)
     _check_compiled(job, compiled.metadata, hidden)
-    file = f"{job.name}.cubin"
-    _write(folder / file, cubin)
+    if job.plugin_form == "quick":
+        suffix, code, hidden = "ptx", _without_parameters(ptx, hidden).encode(), 0
+    else:
+        suffix, code = "cubin", compiled.asm["cubin"]
+    file = f"{job.name}.{suffix}"
+    _write(folder / file, code)
     return KernelEntry(
         role=job.role,
         capability=job.capability,
@@ -157,8 +178,8 @@ def _compile(job: _Job, folder: Path) -> KernelEntry:
         qk_norm=job.qk_norm,
         head_dim=job.head_dim,
         file=file,
-        size=len(cubin),
-        sha256=hashlib.sha256(cubin).hexdigest(),
+        size=len(code),
+        sha256=hashlib.sha256(code).hexdigest(),
         symbol=compiled.metadata.name,
         arguments=arguments,
         hidden_pointers=hidden,
@@ -173,13 +194,25 @@ def _recipe(job: _Job, kernels: Any, tilings: "Tilings") -> tuple[Any, dict[str,
     """The Triton function of a job, its constants and its tiling."""
     if job.role == "key_rms":
         tiling = kernels.Tiling(tilings.norm_block_rows, 0, num_warps=4, num_stages=1)
-        constants = {"BLOCK_ROWS": tiling.block_rows, "BLOCK_C": tilings.norm_block_channels}
-        return kernels.key_rms_kernel, constants, tiling
-    kernel, tiling = {
-        "state": (kernels.state_kernel, tilings.state),
-        "apply": (kernels.apply_kernel, tilings.apply),
-    }[job.role]
-    return kernel, {"QK_NORM": job.qk_norm, "HEAD_DIM": job.head_dim, "BLOCK_N": tiling.block_rows}, tiling
+    else:
+        tiling = {"state": tilings.state, "apply": tilings.apply}[job.role]
+    constants = {
+        "BLOCK_ROWS": tiling.block_rows,
+        "BLOCK_C": tilings.norm_block_channels,
+        "QK_NORM": job.qk_norm,
+        "HEAD_DIM": job.head_dim,
+        "BLOCK_N": tiling.block_rows,
+    }
+    kernel = _quick_entry(job) if job.plugin_form == "quick" else getattr(kernels, f"{job.role}_kernel")
+    return kernel, {name: constants[name] for name in kernel.arg_names if name.isupper()}, tiling
+
+
+def _quick_entry(job: _Job) -> Any:
+    """The entry point with a quick plugin's order of arguments."""
+    from sana_plugins import quick_kernels
+
+    normed = "normed_" if job.qk_norm and job.role != "key_rms" else ""
+    return getattr(quick_kernels, f"{normed}{job.role}_quick")
 
 
 def _arguments(kernel: Any) -> tuple[KernelArgument, ...]:
@@ -221,10 +254,11 @@ def _triton_compile(
         "num_warps": tiling.num_warps,
         "num_stages": tiling.num_stages,
         "enable_fp_fusion": True,
+        "ptx_version": job.ptx_version,
     }
     try:
         with triton.knobs.compilation.scope():
-            # Line tables would put this machine's paths into the cubin, and double its size.
+            # Line tables would put this machine's paths into the code, and double its size.
             triton.knobs.compilation.disable_line_info = True
             return triton.compile(source, target=GPUTarget("cuda", job.capability, 32), options=options)
     except Exception as error:  # the compiler raises whatever it likes
@@ -247,6 +281,21 @@ def _parameter_count(ptx: str) -> int:
     entry = re.search(r"\.entry\s+\w+\s*\((.*?)\)", ptx, re.DOTALL)
     assert entry is not None, "PTX without an entry function"
     return entry[1].count(".param")
+
+
+def _without_parameters(ptx: str, count: int) -> str:
+    """PTX whose entry function lacks its last `count` parameters, which nothing may read.
+
+    TensorRT passes what the plugin declared, and nothing for the pointers that Triton adds.
+    """
+    entry = re.search(r"\.entry\s+\w+\s*\((.*?)\)", ptx, re.DOTALL)
+    assert entry is not None, "PTX without an entry function"
+    parameters = entry[1].split(",")
+    kept = parameters[: len(parameters) - count]
+    for parameter in parameters[len(kept) :]:
+        name = parameter.split()[-1]
+        assert len(re.findall(rf"\b{name}\b", ptx)) == 1, f"{name} is read"
+    return ptx[: entry.start(1)] + ",".join(kept).rstrip() + "\n" + ptx[entry.end(1) :]
 
 
 def _check_compiled(job: _Job, metadata: Any, hidden: int) -> None:

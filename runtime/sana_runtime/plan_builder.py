@@ -29,10 +29,10 @@ import msgspec
 
 from sana_runtime.contract import TargetName
 from sana_runtime.environment import child_environment
-from sana_runtime.errors import BuildError, InputError
+from sana_runtime.errors import BuildError, InputError, TargetError
 from sana_runtime.files import no_space_or, whole_file
 from sana_runtime.plan_worker import BuildRequest, Built, Event, Failed, Phase, Progress
-from sana_runtime.plugins import KernelFolder
+from sana_runtime.plugins import KernelFolder, PluginForm
 from sana_runtime.tensorrt_library import TensorrtLibrary, find_tensorrt, signal_name, worker_command
 
 _WORKER_MODULE = "sana_runtime.plan_worker"
@@ -96,12 +96,14 @@ def build_plan(
     on_progress: OnProgress | None = None,
     workspace_mib: int | None = None,
     plugins: Path | None = None,
+    plugin_form: PluginForm = "class",
 ) -> PlanResult:
     """Compile `onnx` (external data beside it) into `plan`.
 
     `workspace_mib` limits the compiler's scratch memory on the GPU; None is TensorRT's default. `on_progress`
     returning False cancels. `plugins`: a folder of compiled kernels (see `sana_runtime.plugins`); every
-    linear-attention node becomes a plugin layer. Without it the node's function is inlined.
+    linear-attention node becomes a plugin layer. Without it the node's function is inlined. `plugin_form` "quick": the
+    kernels are PTX and the graph holds the nodes of `sana_runtime.quick_plugins`; not for `tensorrt-rtx`.
 
     Raises `TargetError` when no builder for `target` is here, `InputError` for a bad `workspace_mib`,
     `BundleError` for damaged kernels in `plugins`, `BuildError` for a missing ONNX file and for every failure or
@@ -109,7 +111,8 @@ def build_plan(
     """
     _check_inputs(onnx, workspace_mib)
     if plugins is not None:
-        KernelFolder.open(plugins).verify()
+        KernelFolder.open(plugins, plugin_form).verify()
+        check_plugin_form(target, plugin_form)
     library = find_tensorrt(target)
     started = time.monotonic()
     with whole_file(plan) as temporary:
@@ -120,6 +123,7 @@ def build_plan(
             workspace_mib=workspace_mib,
             parent=os.getpid(),
             plugins=str(plugins.absolute()) if plugins is not None else None,
+            plugin_form=plugin_form,
         )
         built = _run_worker(request, library, onnx, on_progress)
     return PlanResult(
@@ -131,6 +135,18 @@ def build_plan(
         layers=built.layers,
         plugin_layers=built.plugin_layers,
     )
+
+
+def check_plugin_form(target: TargetName, form: PluginForm) -> None:
+    """Raise `TargetError` for the quick form on TensorRT-RTX."""
+    if form == "quick" and target == "tensorrt-rtx":
+        raise TargetError(
+            "target 'tensorrt-rtx' takes no quick plugins",
+            received="--plugin-form quick --target tensorrt-rtx",
+            expected="--plugin-form class: its parser asks for creators of version V3One, and its network crashes on "
+            "any other (1.7.1)",
+            action="--plugin-form class, or --target tensorrt",
+        )
 
 
 def _check_inputs(onnx: Path, workspace_mib: int | None) -> None:

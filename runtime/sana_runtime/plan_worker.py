@@ -19,7 +19,8 @@ from typing import Any, BinaryIO, Literal
 import msgspec
 
 from sana_runtime import tensorrt_compat
-from sana_runtime.plugins import count_plugin_layers, register_plugins
+from sana_runtime.plugins import KernelFolder, PluginForm, count_plugin_layers, register_plugins
+from sana_runtime.quick_plugins import register_quick_plugins
 
 _PR_SET_PDEATHSIG = 1
 _EVENT_SECONDS = 0.05
@@ -29,7 +30,7 @@ class BuildRequest(msgspec.Struct, frozen=True):
     """What to build.
 
     `workspace_mib`: None is TensorRT's default. `parent`: its process id. `plugins`: the folder of compiled
-    kernels for the plugin; None leaves it unregistered.
+    kernels for the plugin; None leaves it unregistered. `plugin_form`: which plugin they are for.
     """
 
     module: str
@@ -38,6 +39,7 @@ class BuildRequest(msgspec.Struct, frozen=True):
     workspace_mib: int | None
     parent: int
     plugins: str | None = None
+    plugin_form: PluginForm = "class"
 
 
 class Phase(msgspec.Struct, frozen=True):
@@ -113,7 +115,7 @@ def _build(request: BuildRequest, events: BinaryIO) -> Built:
     trt = importlib.import_module(request.module)
     logger = trt.Logger(trt.Logger.INFO)
     builder = trt.Builder(logger)
-    kernels = register_plugins(trt, Path(request.plugins)) if request.plugins is not None else None
+    kernels = _register(trt, request) if request.plugins is not None else None
     network = tensorrt_compat.create_network(trt, builder)
     parser = trt.OnnxParser(network, logger)  # owns the mapped weights: must outlive the build
     _parse(parser, network, request.onnx)
@@ -128,6 +130,17 @@ def _build(request: BuildRequest, events: BinaryIO) -> Built:
     if not whole:
         raise _Stop(_build_failure(reporter))
     return Built(network.num_layers, peak_memory_mib(), plugin_layers)
+
+
+def _register(trt: Any, request: BuildRequest) -> KernelFolder:
+    assert request.plugins is not None
+    if request.plugin_form == "class":
+        return register_plugins(trt, Path(request.plugins))
+    from sana_runtime.cuda import compute_capability
+
+    # The full TensorRT builds on the GPU that will run the plan.
+    major, minor = compute_capability()
+    return register_quick_plugins(trt, Path(request.plugins), 10 * major + minor)
 
 
 def _build_failure(reporter: "_Reporter") -> Failed:

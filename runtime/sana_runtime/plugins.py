@@ -33,6 +33,7 @@ PLUGIN_VERSION = "1"
 PLUGIN_NAMESPACE = "sana"
 
 Role = Literal["key_rms", "state", "apply"]
+PluginForm = Literal["class", "quick"]
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
 _NO_VALUE = np.empty(0)
 _ALIGNMENT = 256
@@ -52,9 +53,9 @@ class KernelArgument(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class KernelEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One cubin.
+    """One compiled kernel: a cubin, or PTX for the quick form of the plugin.
 
-    `capability`: 89 is sm_89, and the cubin runs on nothing else. `hidden_pointers`: null pointers the compiler
+    `capability`: 89 is sm_89, and the code runs on nothing else. `hidden_pointers`: null pointers the compiler
     expects after `arguments`. `block_rows`, `programs`: how tokens are split, see `split_tokens`. `shared_bytes`:
     dynamic shared memory per block.
     """
@@ -77,11 +78,14 @@ class KernelEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class KernelIndex(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The content of `kernels.json`. `compiler`: name and version of what made the cubins."""
+    """The content of `kernels.json`. `compiler`: name and version of what made the kernels. `form`: which plugin they
+    are for, this module's class or that of `sana_runtime.quick_plugins`, whose kernels are PTX.
+    """
 
     schema_version: int
     compiler: str
     kernels: tuple[KernelEntry, ...]
+    form: PluginForm = "class"
 
 
 def split_tokens(tokens: int, sequences: int, block_rows: int, programs: int) -> tuple[int, int]:
@@ -109,7 +113,7 @@ class KernelFolder:
         self._loaded: dict[str, Any] = {}
 
     @staticmethod
-    def open(path: Path) -> "KernelFolder":
+    def open(path: Path, form: PluginForm = "class") -> "KernelFolder":
         """Read `path/kernels.json`. Raises `BundleError` for a missing, damaged or foreign index."""
         index_path = path / KERNEL_INDEX
         try:
@@ -120,18 +124,20 @@ class KernelFolder:
             raise _no_kernels(index_path, str(error)) from error
         if index.schema_version != INDEX_VERSION:
             raise _no_kernels(index_path, f"index version {index.schema_version}")
+        if index.form != form:
+            raise _no_kernels(index_path, f"kernels of the plugin's {index.form} form", f"those of its {form} form")
         for entry in index.kernels:
             if Path(entry.file).name != entry.file:
                 raise _no_kernels(index_path, f"file name {entry.file!r}")
         return KernelFolder(path, index)
 
     def verify(self) -> None:
-        """Check every cubin's size and digest. Raises `BundleError`."""
+        """Check every file's size and digest. Raises `BundleError`."""
         for entry in self.index.kernels:
             self.code(entry)
 
     def code(self, entry: KernelEntry) -> bytes:
-        """The cubin. Raises `BundleError` if it is not the one the index lists."""
+        """The cubin or PTX. Raises `BundleError` if it is not the one the index lists."""
         path = self.path / entry.file
         try:
             code = path.read_bytes()
@@ -196,11 +202,11 @@ def require_launcher() -> None:
         ) from error
 
 
-def _no_kernels(path: Path, received: str | None) -> BundleError:
+def _no_kernels(path: Path, received: str | None, expected: str = "") -> BundleError:
     return BundleError(
         f"{path}: the plugin's compiled kernels cannot be used",
         received=received,
-        expected=f"the files listed in {KERNEL_INDEX}, index version {INDEX_VERSION}, as they were written",
+        expected=expected or f"the files listed in {KERNEL_INDEX}, index version {INDEX_VERSION}, as they were written",
         action="copy the bundle again, or rebuild it with sana-export of the same version as this runtime",
     )
 

@@ -1,5 +1,6 @@
 """Quantised builds end to end: reuse, the gate, and wrong use."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -99,6 +100,33 @@ def test_another_rule_rebuilds_and_names_the_recipe(fp8: BuildRequest, tmp_path:
     _, recorder = rebuilt(replace(fp8, recipe=file, components=("transformer",)))
     assert "recipe" in recorder.built["transformer/onnx"]
     assert "recipe" in recorder.built["calibration"]
+
+
+def test_a_search_for_alpha_is_printed_and_reported(
+    checkpoint_directory: Callable[[str], Path], tmp_path: Path
+) -> None:
+    recipe = load_recipe("int8")
+    changes: dict = {"smoothing_alpha": "search", "smoothing_candidates": (0.25, 0.75)}
+    rules = tuple(rule if rule.smoothing_alpha is None else replace(rule, **changes) for rule in recipe.rules)
+    file = tmp_path / "searching.yaml"
+    file.write_text(recipe_yaml(replace(recipe, rules=rules)))
+    wanted = request(checkpoint_directory("random:tiny"), tmp_path / "bundle", "int8")
+    _, recorder = rebuilt(replace(wanted, recipe=file, components=("transformer",)))
+    report = json.loads((wanted.output / "transformer" / "quantization.json").read_text())
+    searched = [layer for layer in report["layers"] if "relative_rms_by_alpha" in layer]
+    assert {layer["layer"] for layer in searched} == {
+        layer["layer"] for layer in report["layers"] if layer["activation_dtype"] is not None
+    }
+    for layer in searched:
+        errors = layer["relative_rms_by_alpha"]
+        assert [*errors] == ["none", "0.25", "0.75"]
+        taken = "none" if layer["smoothing_alpha"] is None else f"{layer['smoothing_alpha']:g}"
+        assert errors[taken] == min(errors.values())
+        assert layer["smoothed"] == (taken != "none")
+    (note,) = (note for note in recorder.notes if "searched per layer" in note)
+    lines = note.splitlines()[1:]
+    assert len(lines) == 6
+    assert sum(int(part.split(" x ")[1]) for line in lines for part in line.partition(": ")[2].split(", ")) == 12
 
 
 def test_a_calibration_of_another_model_is_refused(
