@@ -12,7 +12,7 @@ from sana_export.bundle import open_staging
 from sana_export.components import ComponentPlan, plan_components
 from sana_export.prompting import scheduler_entry
 from sana_export.quantize import base_precision, prepare, recipe_of
-from sana_export.stages import EXPORTER_PACKAGES, Reporter, Stages
+from sana_export.stages import EXPORTER_PACKAGES, TENSORRT_TARGETS, Reporter, Stages
 from sana_export.weights.checkpoint import open_checkpoint
 from sana_runtime.contract import DTYPE_OF_PRECISION, PrecisionName, TargetName
 from sana_runtime.errors import BuildError
@@ -37,7 +37,7 @@ def build(request: BuildRequest, reporter: Reporter) -> Manifest:
     recipe = recipe_of(request)
     precision: PrecisionName = base_precision(recipe) if recipe else request.precision  # type: ignore[assignment]
     libraries: dict[TargetName, TensorrtLibrary] = {
-        target: find_tensorrt(target) for target in request.targets if target != "onnxruntime"
+        target: find_tensorrt(target) for target in request.targets if target in TENSORRT_TARGETS
     }
     checkpoint = open_checkpoint(request.model, variant=request.variant, base=request.base)
     with _full_disk_is_an_error(request.output), open_staging(request.output) as staging:
@@ -91,8 +91,11 @@ def _manifest(
 
 
 def _check_space(stages: Stages, plans: tuple[ComponentPlan, ...]) -> None:
-    """Refuse before hours of work: each component is written once as ONNX and once per compiled target."""
-    copies = 1 + len(stages.libraries)
+    """Refuse before hours of work: each component is written once as ONNX, if that is needed, and once per compiled
+    target.
+    """
+    targets = stages.request.targets
+    copies = len(stages.libraries) + ("inductor" in targets) + any(target != "inductor" for target in targets)
     needed = 0
     for plan in plans:
         width = 4 if plan.dtype == DTYPE_OF_PRECISION["fp32"] else 2

@@ -4,7 +4,8 @@ import hashlib
 import importlib.metadata
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -23,9 +24,19 @@ from sana_export.components import ComponentPlan, empty_module
 from sana_export.graph.export import WEIGHTS_FILE, ExportReport, export_component
 from sana_export.graph.fusion import check_fusion, parse_capability
 from sana_export.graph.opset import OPSET
+from sana_export.graph.passes import gather_rows, quick_plugins
+from sana_export.graph.variants import write_variant
+from sana_export.inductor.stage import InductorStage
 from sana_export.peak_memory import PeakMemory
 from sana_export.prompting import tokenizer_entry
-from sana_export.quantize import QuantizedBuild, calibration_size, component_report, run_calibration, run_gate
+from sana_export.quantize import (
+    QuantizedBuild,
+    alpha_summary,
+    calibration_size,
+    component_report,
+    run_calibration,
+    run_gate,
+)
 from sana_export.weights.checkpoint import Checkpoint
 from sana_kernels.linear_attention import reference as linear_attention_reference
 from sana_plugins.aot import compile_kernels, kernel_files
@@ -34,6 +45,7 @@ from sana_runtime.errors import BuildError
 from sana_runtime.files import sha256_file, whole_file
 from sana_runtime.manifest import ComponentEntry, EngineEntry, FileEntry, GateEntry, QuantizationEntry, TokenizerEntry
 from sana_runtime.plan_builder import PlanProgress, build_plan
+from sana_runtime.plugins import PluginForm
 from sana_runtime.tensorrt_library import TensorrtLibrary
 
 Measured = dict[str, float | int | str]
@@ -51,7 +63,10 @@ _PLUGIN_CAPABILITIES: dict[TargetName, tuple[int, ...]] = {
     "tensorrt-rtx": (80, 86, 89, 120),
     "tensorrt": (80, 86, 87, 89, 90, 110, 120),
 }
+TENSORRT_TARGETS: tuple[TargetName, ...] = tuple(_PLUGIN_CAPABILITIES)
 PLUGIN_FOLDER = "plugins"
+# A graph that reads a stored embedding table row by row: ONNX Runtime's, where there is one.
+ROWS_GRAPH = "onnxruntime.onnx"
 _OWN = Path(__file__).parent
 
 
@@ -108,14 +123,19 @@ class Stages:
         """One component's graph and the engines made from it."""
         if plan.dtype_reason:
             self.reporter.note(f"{plan.name}: {plan.dtype_reason}")
-        stage = f"{plan.name}/onnx"
+        stage = f"{plan.name}/{'inductor' if self.request.targets == ('inductor',) else 'onnx'}"
         digest = self.checkpoint.digest(
             plan.name, lambda _: self.reporter.stage_progress(stage, 0.0, "hashing weights")
         )
-        graph = self.run(stage, self._graph_inputs(plan, digest), lambda: self._export(plan))
-        self._report_quantization(plan, graph)
-        engines = tuple(self._engine(plan, graph, target) for target in self.request.targets)
-        return ComponentEntry(plan.name, plan.dtype, plan.dtype_reason, digest, plan.inputs, plan.outputs, engines)
+        engines: dict[TargetName, EngineEntry] = {}
+        if from_graph := [target for target in self.request.targets if target != "inductor"]:
+            graph = self.run(stage, self._graph_inputs(plan, digest), lambda: self._export(plan))
+            self._report_quantization(plan, graph)
+            engines = {target: self._engine(plan, graph, target) for target in from_graph}
+        if "inductor" in self.request.targets:
+            engines["inductor"] = self._inductor(plan, digest)
+        listed = tuple(engines[target] for target in self.request.targets)
+        return ComponentEntry(plan.name, plan.dtype, plan.dtype_reason, digest, plan.inputs, plan.outputs, listed)
 
     def plugins(self, plans: tuple[ComponentPlan, ...]) -> None:
         """Compile the linear-attention plugin's kernels for every GPU the plans may run on."""
@@ -129,7 +149,14 @@ class Stages:
                 self.reporter.stage_progress("plugins", done / total, f"kernel {done}/{total}")
 
             shutil.rmtree(folder, ignore_errors=True)
-            index = compile_kernels(folder, capabilities=capabilities, dtypes=dtypes, forms=forms, on_kernel=show)
+            index = compile_kernels(
+                folder,
+                capabilities=capabilities,
+                dtypes=dtypes,
+                forms=forms,
+                plugin_form=self.request.plugin_form,
+                on_kernel=show,
+            )
             return [folder / name for name in kernel_files(index)], {"kernels": len(index.kernels)}
 
         kernels = sorted((Path(linear_attention_reference.__file__).parent).glob("*.py"))
@@ -137,6 +164,7 @@ class Stages:
             "capabilities": ", ".join(f"sm_{sm}" for sm in capabilities),
             "dtypes": ", ".join(dtypes),
             "forms": ", ".join("qk-norm" if form else "plain" for form in forms),
+            "plugin form": self.request.plugin_form,
             "kernel code": _digest_of([*kernels, *sorted(Path(sana_plugins.__file__).parent.glob("*.py"))]),
             "triton": _version_or_none("triton"),
         }
@@ -291,9 +319,12 @@ class Stages:
             with whole_file(file) as temporary:
                 (partial / file.name).rename(temporary)
         partial.rmdir()
+        rows_graph, tables = write_variant(files[0], ROWS_GRAPH, gather_rows.run)
+        files += [rows_graph] if tables else []
         passes = ", ".join(f"{name} {count}" for name, count in report.passes.items())
         measured: Measured = {"nodes": report.nodes, "weight_bytes": report.weight_bytes, "passes": passes}
         measured["linear_attention"] = report.passes["linear_attention_function"]
+        measured["tables_read_by_row"] = tables
         return files + self._quantization_report(plan, report, measured), measured
 
     def _quantization_report(self, plan: ComponentPlan, report: ExportReport, measured: Measured) -> list[Path]:
@@ -315,6 +346,9 @@ class Stages:
             f"{plan.name}: {graph.measured['quantized_layers']} layers quantised, {excluded} excluded, "
             f"{float(graph.measured['quantized_flops_fraction']):.1%} of the products' FLOPs in 8 bits"
         )
+        alphas = alpha_summary(self.scales.component(plan.name)) if self.scales else []
+        if alphas:
+            self.reporter.note("\n".join((f"{plan.name}: SmoothQuant alpha, searched per layer", *alphas)))
         path = self.staging.folder / graph.files[0].path
         for target in self.request.targets:
             for capability in _TYPICAL_CAPABILITIES.get(target, ()):
@@ -325,12 +359,17 @@ class Stages:
         graph_files = graph.files[:2]
         if target == "onnxruntime":
             version = importlib.metadata.version("onnxruntime")
-            return EngineEntry(target, tuple(entry.path for entry in graph_files), "ONNX Runtime", version)
+            paths = [entry.path for entry in graph_files]
+            by_row = f"{plan.name}/{ROWS_GRAPH}"
+            if by_row in {entry.path for entry in graph.files}:
+                paths[0] = by_row
+            return EngineEntry(target, tuple(paths), "ONNX Runtime", version)
         library = self.libraries[target]
         path = self.staging.folder / plan.name / f"{target}.plan"
         stage = f"{plan.name}/{target}"
         # Gemma-2 has softmax attention only.
         plugins = () if plan.name == "text_encoder" else self.plugin_files
+        form = self.request.plugin_form
 
         def make() -> Made:
             def show(progress: PlanProgress) -> None:
@@ -338,16 +377,57 @@ class Stages:
 
             folder = self.staging.folder / PLUGIN_FOLDER if plugins else None
             onnx_path = self.staging.folder / graph_files[0].path
-            result = build_plan(onnx_path, path, target, on_progress=show, plugins=folder)
-            _check_plugin_layers(stage, result.plugin_layers, int(graph.measured["linear_attention"]) if plugins else 0)
+            layers = int(graph.measured["linear_attention"]) if plugins else 0
+            with _plugin_graph(onnx_path, form, layers) as (source, expected):
+                result = build_plan(source, path, target, on_progress=show, plugins=folder, plugin_form=form)
+            _check_plugin_layers(stage, result.plugin_layers, expected)
             measured: Measured = {"peak_memory_mib": result.peak_memory_mib, "layers": result.layers}
             return [path], {**measured, "plugin_layers": result.plugin_layers, "plan_bytes": result.size}
 
         inputs = {entry.path: entry.sha256 for entry in (*graph_files, *plugins)}
         inputs |= {"builder": library.builder_name, "builder version": library.library_version}
         self.run(stage, inputs, make)
-        files = (f"{plan.name}/{target}.plan", *(entry.path for entry in plugins))
-        return EngineEntry(target, files, library.builder_name, library.library_version)
+        # The quick form's kernels are inside the plan.
+        travelling = plugins if form == "class" else ()
+        files = (f"{plan.name}/{target}.plan", *(entry.path for entry in travelling))
+        return EngineEntry(target, files, library.builder_name, library.library_version, form if plugins else "none")
+
+    def _inductor(self, plan: ComponentPlan, digest: str) -> EngineEntry:
+        """The component's pieces, compiled for this machine."""
+        stage = f"{plan.name}/inductor"
+        stages = InductorStage(self.checkpoint, self.request, self.quantized, self.scales)
+        folder = self.staging.folder / plan.name / "inductor"
+
+        def make() -> Made:
+            shutil.rmtree(folder, ignore_errors=True)
+
+            def show(done: int, total: int, piece: str) -> None:
+                self.reporter.stage_progress(stage, done / total, f"compiling {piece}")
+
+            files, notes = stages.build(plan, folder, show)
+            return files, {"pieces": len(files) - 2, "notes": "; ".join(notes)}
+
+        record = self.run(stage, stages.inputs(plan, digest), make)
+        if notes := str(record.measured["notes"]):
+            self.reporter.note(notes)
+        files = tuple(entry.path for entry in record.files)
+        return EngineEntry("inductor", files, "AOTInductor", stages.torch_version, device=stages.device)
+
+
+@contextmanager
+def _plugin_graph(onnx_path: Path, form: PluginForm, layers: int) -> Iterator[tuple[Path, int]]:
+    """The graph to compile and how many plugin layers it must give, from one with `layers` linear-attention nodes.
+
+    The quick form has a graph of its own, which is removed afterwards.
+    """
+    if form == "class" or not layers:
+        yield onnx_path, layers
+        return
+    path, expected = write_variant(onnx_path, f"{form}-plugins.onnx", quick_plugins.run)
+    try:
+        yield path, expected
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def attention_dtype(plan: ComponentPlan) -> str:

@@ -36,7 +36,7 @@ Bundle = Annotated[
 Target = Annotated[
     str | None,
     typer.Option(
-        help="tensorrt-rtx, tensorrt or onnxruntime. Default: the bundle's first that this machine can run.",
+        help="tensorrt-rtx, tensorrt, onnxruntime or inductor. Default: the bundle's first that this machine can run.",
         show_default=False,
     ),
 ]
@@ -53,6 +53,13 @@ GuidanceScale = Annotated[
     ),
 ]
 Threads = Annotated[int, typer.Option(help="CPU threads for ONNX Runtime; 0 lets it choose.", metavar="N", min=0)]
+OneAtATime = Annotated[
+    bool,
+    typer.Option(
+        "--one-at-a-time",
+        help="Keep one engine in memory: each is loaded when it is needed and dropped for the next.",
+    ),
+]
 Verify = Annotated[
     bool, typer.Option("--verify/--no-verify", help="Check the SHA-256 of every file, not only its size.")
 ]
@@ -107,6 +114,7 @@ def generate(
     ] = None,
     target: Target = None,
     threads: Threads = 0,
+    one_at_a_time: OneAtATime = False,
     verify: Verify = True,
 ) -> None:
     """Paint one picture into a PNG file that remembers its settings."""
@@ -127,7 +135,7 @@ def generate(
         "latent": None if latent is None else read_latent(latent),
     }
     settings = checked_settings(manifest, "onnxruntime", **arguments)
-    pipeline = _load(bundle, target, threads, verify)
+    pipeline = _load(bundle, target, threads, verify, one_at_a_time=one_at_a_time)
     with _progress("denoising", settings.num_steps) as advance:
         picture = pipeline.generate(**arguments, on_step=lambda step: advance(1))
     picture.save(output)
@@ -205,13 +213,21 @@ def _unreadable_latent(path: Path, received: str) -> InputError:
     )
 
 
-def _load(bundle: Path, target: str | None, threads: int, verify: bool) -> "Pipeline":
+def _load(bundle: Path, target: str | None, threads: int, verify: bool, *, one_at_a_time: bool = False) -> "Pipeline":
     from sana_runtime.manifest import read_manifest
     from sana_runtime.pipeline import Pipeline
 
     # Which of the files are hashed depends on the target: the bar ends early if some are not needed.
     with _verifying(read_manifest(bundle).files, verify) as on_bytes:
-        return Pipeline.load(bundle, target, verify=verify, threads=threads, report=_report, on_bytes=on_bytes)
+        return Pipeline.load(
+            bundle,
+            target,
+            verify=verify,
+            threads=threads,
+            report=_report,
+            on_bytes=on_bytes,
+            one_at_a_time=one_at_a_time,
+        )
 
 
 @contextmanager

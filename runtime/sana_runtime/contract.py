@@ -11,8 +11,8 @@ import msgspec
 ComponentName = Literal["text_encoder", "transformer", "vae_decoder"]
 COMPONENTS: tuple[ComponentName, ...] = ("text_encoder", "transformer", "vae_decoder")
 
-TargetName = Literal["tensorrt-rtx", "tensorrt", "onnxruntime"]
-TARGETS: tuple[TargetName, ...] = ("tensorrt-rtx", "tensorrt", "onnxruntime")
+TargetName = Literal["tensorrt-rtx", "tensorrt", "onnxruntime", "inductor"]
+TARGETS: tuple[TargetName, ...] = ("tensorrt-rtx", "tensorrt", "onnxruntime", "inductor")
 
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 PRECISIONS: tuple[PrecisionName, ...] = ("fp32", "bf16", "fp16")

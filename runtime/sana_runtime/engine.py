@@ -89,6 +89,10 @@ class DeviceMemory(ABC):
     def peak_mib(self) -> float | None:
         """Most device memory in use so far, in MiB; None if the device does not tell."""
 
+    def release(self) -> None:
+        """Give memory that nothing uses any more back to the device, where the backend keeps such memory."""
+        return
+
     @abstractmethod
     def _write(self, content: npt.NDArray[np.generic], target: DeviceTensor) -> None: ...
 
@@ -124,6 +128,11 @@ class DeviceMemory(ABC):
         for tensor, start in ((source, source_start), (target, target_start)):
             if start < 0 or count < 0 or start + count > tensor.size:
                 raise ValueError(f"copy of {start}+{count} elements leaves {tensor.spec}")
+        self._copy_elements(source, target, count, source_start, target_start)
+
+    def _copy_elements(
+        self, source: DeviceTensor, target: DeviceTensor, count: int, source_start: int, target_start: int
+    ) -> None:
         self._copy_bytes(
             source.address + source_start * source.itemsize,
             target.address + target_start * target.itemsize,
@@ -176,6 +185,35 @@ class Engine(ABC):
 
     @abstractmethod
     def _run(self, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]) -> None: ...
+
+
+class LoopEngine(Engine):
+    """An engine of solver steps that can also run a whole denoising loop at once."""
+
+    def execute_loop(
+        self,
+        inputs: Mapping[str, DeviceTensor],
+        outputs: Mapping[str, DeviceTensor],
+        schedule: Mapping[str, DeviceTensor],
+        num_steps: int,
+    ) -> None:
+        """Run `num_steps` steps: next_latent and x0 of one are latent and previous_x0 of the next.
+
+        `schedule` holds one row [num_steps, ...] per step for some of the inputs, which are then not read. `outputs`
+        are those of the last step. Raises `InputError` as `execute` does.
+        """
+        _check_tensors(self.component.name, "input", self.component.inputs, inputs)
+        _check_tensors(self.component.name, "output", self.component.outputs, outputs)
+        self._run_loop(inputs, outputs, schedule, num_steps)
+
+    @abstractmethod
+    def _run_loop(
+        self,
+        inputs: Mapping[str, DeviceTensor],
+        outputs: Mapping[str, DeviceTensor],
+        schedule: Mapping[str, DeviceTensor],
+        num_steps: int,
+    ) -> None: ...
 
 
 class Backend(ABC):

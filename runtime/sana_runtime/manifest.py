@@ -27,13 +27,18 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sha256: str
 
 
-class EngineEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One component compiled for one target. `files[0]` is the one to load."""
+class EngineEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One component compiled for one target. `files[0]` is the one to load. `plugin`: how linear attention is compiled;
+    the class form's kernels are listed behind the plan, the quick form's are inside it. `device`: the only one that can
+    run it, where there is only one ("cuda sm_90", "cpu x86_64 AVX512").
+    """
 
     target: TargetName
     files: tuple[str, ...]
     builder: str
     builder_version: str
+    plugin: Literal["none", "class", "quick"] = "none"
+    device: str = ""
 
 
 class ComponentEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

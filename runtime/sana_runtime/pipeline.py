@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from sana_runtime.bundle import check_contract, engine_entry, files_of_target
-from sana_runtime.contract import CAPTION_LENGTH, ComponentName, TargetName, TensorSpec
-from sana_runtime.engine import Backend, DeviceTensor
+from sana_runtime.contract import CAPTION_LENGTH, COMPONENTS, ComponentName, TargetName, TensorSpec
+from sana_runtime.engine import Backend, DeviceTensor, Engine, LoopEngine
 from sana_runtime.errors import InputError
 from sana_runtime.image import Picture, Settings
 from sana_runtime.manifest import Manifest, read_manifest, verify_files
@@ -76,6 +76,8 @@ class Pipeline:
         target: TargetName,
         backend: Backend,
         report: Callable[[str], None] = print,
+        *,
+        one_at_a_time: bool = False,
     ) -> None:
         """Load all engines of an already verified bundle; `Pipeline.load` is the usual way here."""
         check_contract(manifest)
@@ -84,13 +86,15 @@ class Pipeline:
         self.backend = backend
         self._report = report
         self._memory = backend.memory
+        self._bundle = bundle
+        self._one_at_a_time = one_at_a_time
         self._tokenizer = CaptionTokenizer(bundle, manifest.tokenizer)
-        self._engines = {
-            name: backend.load(bundle, manifest.component(name), engine_entry(manifest, name, target))
-            for name in ("text_encoder", "transformer", "vae_decoder")
-        }
-        self._inputs = {name: self._allocate(engine.component.inputs) for name, engine in self._engines.items()}
-        self._outputs = {name: self._allocate(engine.component.outputs) for name, engine in self._engines.items()}
+        self._engines: dict[ComponentName, Engine] = {}
+        if not one_at_a_time:
+            for name in COMPONENTS:
+                self._engine(name)
+        self._inputs = {name: self._allocate(manifest.component(name).inputs) for name in COMPONENTS}
+        self._outputs = {name: self._allocate(manifest.component(name).outputs) for name in COMPONENTS}
         self._negative: tuple[str, Caption] | None = None
 
     @classmethod
@@ -101,6 +105,7 @@ class Pipeline:
         *,
         verify: bool = True,
         threads: int = 0,
+        one_at_a_time: bool = False,
         report: Callable[[str], None] = print,
         on_bytes: Callable[[int], None] | None = None,
     ) -> "Pipeline":
@@ -108,7 +113,8 @@ class Pipeline:
 
         `report` gets a line for every target that was skipped and for the chosen one. `verify=False` checks
         the sizes of the files but not their SHA-256; `on_bytes` is told the bytes verified. `threads` is for
-        the CPU.
+        the CPU. `one_at_a_time` keeps one engine in memory: each is loaded when it is needed and dropped for the next,
+        which costs the time of loading for every picture.
         Raises `BundleError` for a damaged bundle, `TargetError` if nothing in it can run here.
         """
         directory = Path(bundle)
@@ -118,7 +124,8 @@ class Pipeline:
             report(f"target {verdict.target} {'chosen' if verdict.usable else 'skipped'}: {verdict.reason}")
         chosen = verdicts[-1].target
         verify_files(directory, files_of_target(manifest, chosen), digests=verify, on_bytes=on_bytes)
-        return cls(directory, manifest, chosen, open_backend(chosen, threads=threads), report)
+        backend = open_backend(chosen, manifest, threads=threads)
+        return cls(directory, manifest, chosen, backend, report, one_at_a_time=one_at_a_time)
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -194,7 +201,7 @@ class Pipeline:
         inputs, outputs = self._inputs["text_encoder"], self._outputs["text_encoder"]
         self._memory.upload(tokens.caption_tokens, inputs["caption_tokens"])
         self._memory.upload(tokens.caption_mask, inputs["caption_mask"])
-        self._engines["text_encoder"].execute(inputs, outputs)
+        self._engine("text_encoder").execute(inputs, outputs)
 
         rows = outputs["caption_embeds"]
         channels = rows.spec.shape[-1]
@@ -237,13 +244,20 @@ class Pipeline:
         self._memory.upload(checked_latent(self.manifest, noise) * np.float32(table.initial_scale), latent)
         self._memory.upload(np.zeros(self.latent_shape, np.float32), previous_x0)
 
+        engine = self._engine("transformer")
+        if on_step is None and isinstance(engine, LoopEngine):
+            if table.fresh_noise:
+                schedule["previous_x0"] = self._upload_noise(_needed(generator), len(table))
+            engine.execute_loop(inputs, outputs, schedule, len(table))
+            self._memory.copy(outputs["next_latent"], latent)
+            return latent
         for index in range(len(table)):
             for name, rows in schedule.items():
                 scalar = inputs[name]
                 self._memory.copy(rows, scalar, count=scalar.size, source_start=index * scalar.size)
             if table.fresh_noise:
                 self._memory.upload(draw_noise(_needed(generator), self.latent_shape), previous_x0)
-            self._engines["transformer"].execute(inputs, outputs)
+            engine.execute(inputs, outputs)
             if on_step is not None:
                 self._memory.synchronize()
                 on_step(Step(index, len(table), outputs))
@@ -258,7 +272,7 @@ class Pipeline:
             spec = self._inputs["vae_decoder"]["latent"].spec
             latent = self._memory.tensor(checked_latent(self.manifest, latent), spec)
         outputs = self._outputs["vae_decoder"]
-        self._engines["vae_decoder"].execute({"latent": latent}, outputs)
+        self._engine("vae_decoder").execute({"latent": latent}, outputs)
         return outputs["image"].numpy()[0].astype(np.uint8, copy=False)
 
     def run_component(
@@ -268,7 +282,7 @@ class Pipeline:
         inputs, outputs = self._inputs[name], self._outputs[name]
         for tensor, array in arrays.items():
             self._memory.upload(array, inputs[tensor])
-        self._engines[name].execute(inputs, outputs)
+        self._engine(name).execute(inputs, outputs)
         return {tensor: output.numpy() for tensor, output in outputs.items()}
 
     def _allocate(self, specs: tuple[TensorSpec, ...]) -> dict[str, DeviceTensor]:
@@ -311,6 +325,23 @@ class Pipeline:
             for name, values in rows.items()
             if name in self._inputs["transformer"]
         }
+
+    def _upload_noise(self, generator: np.random.Generator, num_steps: int) -> DeviceTensor:
+        """The noise of every step, drawn in the order in which single steps draw it."""
+        noise = np.concatenate([draw_noise(generator, self.latent_shape) for _ in range(num_steps)])
+        return self._memory.tensor(noise, TensorSpec("previous_x0", "float32", noise.shape))
+
+    def _engine(self, name: ComponentName) -> Engine:
+        """The engine of a component, loaded if it is not, after dropping the others where only one may stay."""
+        if name not in self._engines:
+            if self._one_at_a_time:
+                self._engines.clear()
+                self._memory.release()
+            component = self.manifest.component(name)
+            self._engines[name] = self.backend.load(
+                self._bundle, component, engine_entry(self.manifest, name, self.target)
+            )
+        return self._engines[name]
 
     @contextmanager
     def _timed(self, stage: str, timings: dict[str, float]) -> Iterator[None]:

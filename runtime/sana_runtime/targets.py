@@ -4,8 +4,8 @@ import importlib
 import importlib.util
 from dataclasses import dataclass
 
-from sana_runtime.bundle import missing_engines
-from sana_runtime.contract import DTYPE_OF_PRECISION, TargetName
+from sana_runtime.bundle import engine_entry, missing_engines
+from sana_runtime.contract import COMPONENTS, DTYPE_OF_PRECISION, TargetName
 from sana_runtime.engine import Backend
 from sana_runtime.errors import TargetError
 from sana_runtime.manifest import ComponentEntry, Manifest
@@ -50,8 +50,15 @@ def choose_target(manifest: Manifest, requested: str | None = None) -> tuple[Tar
     )
 
 
-def open_backend(target: TargetName, *, threads: int = 0) -> Backend:
-    """Open a usable target. `threads` applies to ONNX Runtime on the CPU; 0 lets it choose."""
+def open_backend(target: TargetName, manifest: Manifest | None = None, *, threads: int = 0) -> Backend:
+    """Open a usable target. `threads` applies to ONNX Runtime on the CPU; 0 lets it choose. `manifest` says for which
+    device an `inductor` bundle was compiled; without it, for this machine's GPU if it has one.
+    """
+    if target == "inductor":
+        from sana_runtime.inductor_engine import InductorBackend, machine_device
+
+        device = engine_entry(manifest, "transformer", target).device if manifest else machine_device()
+        return InductorBackend(device.partition(" ")[0])
     if target != "onnxruntime":
         from sana_runtime.tensorrt_engine import TensorRTBackend
 
@@ -83,7 +90,19 @@ def _requested(manifest: Manifest, requested: str) -> TargetVerdict:
 def _examine(target: TargetName, manifest: Manifest) -> TargetVerdict:
     if missing := missing_engines(manifest, target):
         return TargetVerdict(target, False, f"the bundle has no {target} engine of {', '.join(missing)}")
+    if target == "inductor":
+        return _examine_inductor(manifest)
     return _examine_onnxruntime(manifest) if target == "onnxruntime" else _examine_tensorrt(target)
+
+
+def _examine_inductor(manifest: Manifest) -> TargetVerdict:
+    from sana_runtime.inductor_engine import inductor_problem
+
+    entries = [engine_entry(manifest, name, "inductor") for name in COMPONENTS]
+    for entry in entries:
+        if problem := inductor_problem(entry.device, entry.builder_version):
+            return TargetVerdict("inductor", False, problem)
+    return TargetVerdict("inductor", True, f"torch {entries[0].builder_version} on {entries[0].device}")
 
 
 def _examine_tensorrt(target: TargetName) -> TargetVerdict:

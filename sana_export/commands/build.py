@@ -22,8 +22,8 @@ def run(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A diffusers directory, an official .pth file, a Hugging Face id, or random weights: "
-            "random:tiny, random:0.6b, random:1.6b, ...",
+            help="A diffusers directory, an official .pth file, a Hugging Face id, nano (small and trained, part of "
+            "this package), or random weights: random:tiny, random:0.6b, random:1.6b, ...",
         ),
     ],
     output: Annotated[Path, typer.Option(metavar="DIR", help="The bundle to write.")],
@@ -34,13 +34,14 @@ def run(
         list[str] | None,
         typer.Option(
             metavar="T",
-            help="tensorrt-rtx (compiles without a GPU), tensorrt (compiles on the device), or onnxruntime. "
+            help="tensorrt-rtx (compiles without a GPU), tensorrt (compiles on the device), onnxruntime, or inductor "
+            "(PyTorch packages for the very GPU that builds them, or for the CPU where there is none). "
             "Repeat it to put several into the bundle; the runtime takes the first that its machine can run. "
             "Default: tensorrt-rtx.",
         ),
     ] = None,
     resolution: Annotated[
-        int | None, typer.Option(metavar="N", help="Side of a square picture in pixels. Default: 1024.")
+        int | None, typer.Option(metavar="N", help="Side of a square picture in pixels. Default: 1024, for nano 512.")
     ] = None,
     height: Annotated[int | None, typer.Option(metavar="H", help="Picture height in pixels.")] = None,
     width: Annotated[int | None, typer.Option(metavar="W", help="Picture width in pixels.")] = None,
@@ -83,6 +84,13 @@ def run(
             "cuda-core on the device; not run on a TensorRT device yet.",
         ),
     ] = False,
+    plugin_form: Annotated[
+        str,
+        typer.Option(
+            metavar="FORM",
+            help="class, or quick: for target tensorrt, kernels inside the plan, which then needs nothing else.",
+        ),
+    ] = "class",
     gate: Annotated[
         bool, typer.Option("--gate/--no-gate", help="Judge a quantised model against the unquantised one.")
     ] = True,
@@ -94,8 +102,10 @@ def run(
     --output only when it is whole.
     """
     from sana_export.build_request import BuildRequest, CalibrationSettings
+    from sana_export.weights.checkpoint import SHIPPED_MODEL, SHIPPED_SIDE
 
-    high, wide = picture_size(resolution, height, width, _DEFAULT_SIDE)
+    side = SHIPPED_SIDE if model == SHIPPED_MODEL else _DEFAULT_SIDE
+    high, wide = picture_size(resolution, height, width, side)
     request = BuildRequest(
         model=model,
         precision=precision,
@@ -118,6 +128,7 @@ def run(
         ),
         gate=gate,
         plugin=plugin,
+        plugin_form=plugin_form,  # type: ignore[arg-type]
     )
     from sana_export.build import build
 

@@ -60,7 +60,7 @@ def _print_fusion(console: Console, bundle: Path, manifest: "Manifest", capabili
     from sana_export.graph.fusion import check_fusion, parse_capability
 
     capability = parse_capability(capability_name)
-    compiled = [target for target in manifest.targets if target != "onnxruntime"] or ["tensorrt"]
+    compiled = [target for target in manifest.targets if target.startswith("tensorrt")] or ["tensorrt"]
     for target in compiled:
         for component in manifest.components:
             report = check_fusion(bundle / component.name / "model.onnx", target, capability)

@@ -1,0 +1,325 @@
+"""Engines of the target `inductor`: compiled pieces of PyTorch, on the CPU or captured in CUDA graphs.
+
+The only module that uses torch, which it imports when the target is opened and not before: a device that runs another
+target needs no torch. A .pt2 package holds native code, which loading it executes: load only bundles that you trust.
+`Pipeline.load` compares every file with the manifest's digests first.
+"""
+
+import gc
+import importlib
+import importlib.util
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from sana_runtime.contract import TensorSpec
+from sana_runtime.engine import Backend, DeviceMemory, DeviceTensor, Engine, LoopEngine, host_dtype
+from sana_runtime.errors import BundleError, TargetError
+from sana_runtime.inductor_program import FORMAT_VERSION, Program, RunPiece, run_calls
+from sana_runtime.manifest import ComponentEntry, EngineEntry
+
+PROGRAM_NAME = "inductor.json"
+_MIB = 1 << 20
+# Before a capture, so that kernels are loaded and libraries have chosen theirs.
+_WARM_UPS = 2
+# Rows of a schedule start at multiples of this many fp32 numbers: compiled code takes its inputs to be aligned.
+_ROW_ALIGNMENT = 4
+# Graphs kept per component: one for single steps, and those of the last numbers of steps asked for.
+_MOST_GRAPHS = 3
+
+
+def torch_module() -> Any:
+    """PyTorch, imported on first use. Raises `TargetError` where it is missing or broken."""
+    try:
+        return importlib.import_module("torch")
+    except Exception as error:  # a torch whose libraries are missing raises what it likes
+        raise TargetError(
+            "the target 'inductor' needs PyTorch",
+            received=f"{type(error).__name__}: {error}",
+            expected="the torch that the bundle was compiled with",
+            action="pip install torch, or choose another target of the bundle with --target",
+        ) from error
+
+
+def machine_device() -> str:
+    """What this machine compiles for and runs: "cuda sm_90", or without CUDA "cpu x86_64 AVX512". Imports torch."""
+    torch = torch_module()
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(0)
+        return f"cuda sm_{major}{minor}"
+    return cpu_device()
+
+
+def cpu_device() -> str:
+    """The CPU as `machine_device` names it. Imports torch."""
+    return f"cpu {platform.machine()} {torch_module().backends.cpu.get_cpu_capability()}"
+
+
+def inductor_problem(device: str, torch_version: str) -> str | None:
+    """Why what was compiled for `device` with `torch_version` cannot run here, or None if it can."""
+    if importlib.util.find_spec("torch") is None:
+        return f"torch is not installed: it takes torch {torch_version}"
+    try:
+        torch = torch_module()
+        here = cpu_device() if device.startswith("cpu") else machine_device()
+    except TargetError as error:
+        return str(error.received)
+    if torch.__version__ != torch_version:
+        return f"compiled with torch {torch_version}, here is {torch.__version__}"
+    return None if here == device else f"compiled for {device}, this is {here}"
+
+
+class TorchMemory(DeviceMemory):
+    """Tensors of PyTorch on one device, on its current stream."""
+
+    def __init__(self, device: str) -> None:
+        self.torch = torch_module()
+        self.device = self.torch.device(device)
+
+    def allocate(self, spec: TensorSpec) -> DeviceTensor:
+        host_dtype(spec.dtype)
+        tensor = self.torch.zeros(spec.shape, dtype=getattr(self.torch, spec.dtype), device=self.device)
+        return DeviceTensor(spec, self, tensor.data_ptr(), tensor)
+
+    def download(self, tensor: DeviceTensor) -> npt.NDArray[np.generic]:
+        content = _buffer(tensor).cpu()
+        if tensor.spec.dtype == "bfloat16":
+            content = content.view(self.torch.int16)
+        return content.numpy().view(host_dtype(tensor.spec.dtype)).copy()
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            self.torch.cuda.synchronize(self.device)
+
+    def peak_mib(self) -> float | None:
+        """Most memory that PyTorch has reserved on the GPU so far; CUDA's own few hundred MiB come on top."""
+        return self.torch.cuda.max_memory_reserved(self.device) / _MIB if self.device.type == "cuda" else None
+
+    def release(self) -> None:
+        if self.device.type == "cuda":
+            self.synchronize()
+            gc.collect()  # engines and graphs refer to each other
+            self.torch.cuda.empty_cache()
+
+    def _write(self, content: npt.NDArray[np.generic], target: DeviceTensor) -> None:
+        signed = content.view(np.int16) if target.spec.dtype == "bfloat16" else content
+        source = self.torch.from_numpy(signed)
+        if target.spec.dtype == "bfloat16":
+            source = source.view(self.torch.bfloat16)
+        # Pageable memory: CUDA has taken its own copy of the bytes when the call returns.
+        _buffer(target).copy_(source, non_blocking=True)
+
+    def _copy_elements(
+        self, source: DeviceTensor, target: DeviceTensor, count: int, source_start: int, target_start: int
+    ) -> None:
+        rows = _buffer(source).view(-1)[source_start : source_start + count]
+        _buffer(target).view(-1)[target_start : target_start + count].copy_(rows)
+
+    def _copy_bytes(self, source: int, target: int, count: int) -> None:
+        raise NotImplementedError("tensors of PyTorch are copied as tensors")
+
+
+class InductorBackend(Backend):
+    """The compiled pieces' device: what the bundle was made for, `device` "cuda" or "cpu"."""
+
+    memory: TorchMemory
+
+    def __init__(self, device: str) -> None:
+        self.memory = TorchMemory(device)
+        torch = self.memory.torch
+        name = torch.cuda.get_device_name(0) if device == "cuda" else platform.machine()
+        self.description = (
+            f"{name} ({machine_device() if device == 'cuda' else cpu_device()}), torch {torch.__version__}"
+        )
+        # The decoder's convolutions have few shapes; which kernel is fastest is found in the runs before a capture.
+        torch.backends.cudnn.benchmark = True
+        # Graphs never run at the same time and keep nothing between runs, so they share their memory.
+        self._pool = torch.cuda.graph_pool_handle() if device == "cuda" else None
+
+    def load(self, bundle: Path, component: ComponentEntry, entry: EngineEntry) -> Engine:
+        path = bundle / entry.files[0]
+        program = read_program(path)
+        pieces = {name: load_piece(path.parent / file) for name, file in program.pieces.items()}
+        weights = self._weights(path.parent / program.weights)
+        own = {spec.name: _buffer(self.memory.allocate(spec)) for spec in (*component.inputs, *component.outputs)}
+        inputs = {spec.name: own[spec.name] for spec in component.inputs}
+        outputs = {spec.name: own[spec.name] for spec in component.outputs}
+        work = _Work(self.memory, program, pieces, weights, self._pool, inputs, outputs)
+        return (InductorLoopEngine if component.name == "transformer" else InductorEngine)(component, work)
+
+    def _weights(self, path: Path) -> dict[str, Any]:
+        from_file = importlib.import_module("safetensors.torch").load_file
+        try:
+            return dict(from_file(str(path), device=str(self.memory.device)))
+        except Exception as error:  # safetensors raises its own type, which derives from Exception
+            raise _damaged(path, error) from error
+
+
+def read_program(path: Path) -> Program:
+    """The program of a component. Raises `BundleError` for a file that is none, or of another version."""
+    try:
+        program = msgspec.json.decode(path.read_bytes(), type=Program)
+    except (OSError, msgspec.DecodeError) as error:
+        raise _damaged(path, error) from error
+    if program.version != FORMAT_VERSION:
+        raise _damaged(path, f"format {program.version}, this runtime reads {FORMAT_VERSION}")
+    return program
+
+
+def load_piece(path: Path) -> RunPiece:
+    """A compiled piece. Executes native code of the file. Raises `BundleError` where it cannot be loaded."""
+    torch_module()
+    load = importlib.import_module("torch._inductor").aoti_load_package
+    try:
+        # Without its locks and events, which a capture of its kernels does not survive.
+        return load(str(path), run_single_threaded=True)
+    except Exception as error:  # the loader raises what the C++ behind it does
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: object) -> BundleError:
+    return BundleError(
+        f"{path} cannot be loaded",
+        received=str(error),
+        expected="the file as `sana-export build` wrote it, and the torch it was compiled with",
+        action="copy the bundle again, or run the build command again on this machine",
+    )
+
+
+def _buffer(tensor: DeviceTensor) -> Any:
+    return tensor.buffer
+
+
+@dataclass
+class _Work:
+    """A component's calls on one device, its own copies of inputs and outputs, and the graphs captured over them."""
+
+    memory: TorchMemory
+    program: Program
+    pieces: Mapping[str, RunPiece]
+    weights: Mapping[str, Any]
+    pool: Any
+    inputs: Mapping[str, Any]
+    outputs: Mapping[str, Any]
+    graphs: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+
+    def run(self, key: tuple[Any, ...], work: Callable[[], None], warm_up: Callable[[], None]) -> None:
+        """Run `work`; on a GPU capture it on the first call of a key and replay it from then on."""
+        if self.memory.device.type != "cuda":
+            work()
+            return
+        if key not in self.graphs:
+            while len(self.graphs) >= _MOST_GRAPHS:
+                del self.graphs[next(iter(self.graphs))]
+            self.graphs[key] = self._captured(work, warm_up)
+        self.graphs[key].replay()
+
+    def _captured(self, work: Callable[[], None], warm_up: Callable[[], None]) -> Any:
+        torch = self.memory.torch
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UPS):
+                warm_up()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            work()
+        return graph
+
+    def prepared(self) -> dict[str, Any]:
+        """All values that a step reads, but for what changes from step to step."""
+        values = {**self.weights, **self.inputs}
+        run_calls(self.program.prepare, self.pieces, values, _read_by_step(self.program))
+        return values
+
+    def finish(self, values: Mapping[str, Any]) -> None:
+        """Copy the outputs to where they are read."""
+        for name, tensor in self.outputs.items():
+            tensor.copy_(values[name])
+
+
+class InductorEngine(Engine):
+    """A component that is run as a whole."""
+
+    def __init__(self, component: ComponentEntry, work: _Work) -> None:
+        super().__init__(component)
+        self._work = work
+
+    def _run(self, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]) -> None:
+        with self._work.memory.torch.inference_mode():
+            self._feed(inputs)
+            self._work.run(("once",), self._step, self._step)
+            self._fetch(outputs)
+
+    def _step(self) -> None:
+        values = self._work.prepared()
+        run_calls(self._work.program.step, self._work.pieces, values, frozenset(self._work.outputs))
+        self._work.finish(values)
+
+    def _feed(self, inputs: Mapping[str, DeviceTensor]) -> None:
+        for name, tensor in inputs.items():
+            self._work.inputs[name].copy_(_buffer(tensor))
+
+    def _fetch(self, outputs: Mapping[str, DeviceTensor]) -> None:
+        for name, tensor in outputs.items():
+            _buffer(tensor).copy_(self._work.outputs[name])
+
+
+class InductorLoopEngine(InductorEngine, LoopEngine):
+    """The transformer: one solver step, or a whole denoising loop as one graph."""
+
+    def __init__(self, component: ComponentEntry, work: _Work) -> None:
+        super().__init__(component, work)
+        self._rows: dict[tuple[int, str], Any] = {}
+
+    def _run_loop(
+        self,
+        inputs: Mapping[str, DeviceTensor],
+        outputs: Mapping[str, DeviceTensor],
+        schedule: Mapping[str, DeviceTensor],
+        num_steps: int,
+    ) -> None:
+        rows = {name: self._own_rows(name, num_steps) for name in schedule}
+        with self._work.memory.torch.inference_mode():
+            self._feed(inputs)
+            for name, tensor in schedule.items():
+                content = _buffer(tensor).reshape(num_steps, -1)
+                rows[name][:, : content.shape[1]].copy_(content)
+            key = ("loop", num_steps, *sorted(rows))
+            self._work.run(key, lambda: self._loop(rows, num_steps), lambda: self._loop(rows, 1))
+            self._fetch(outputs)
+
+    def _loop(self, rows: Mapping[str, Any], num_steps: int) -> None:
+        values = self._work.prepared()
+        for index in range(num_steps):
+            values.update({name: self._row(name, content, index) for name, content in rows.items()})
+            run_calls(self._work.program.step, self._work.pieces, values, frozenset(self._work.outputs))
+            values["latent"] = values["next_latent"]
+            values["previous_x0"] = values["x0"]
+        self._work.finish(values)
+
+    def _own_rows(self, name: str, num_steps: int) -> Any:
+        """Memory for a schedule that stays where it is, as a captured graph needs it."""
+        key = (num_steps, name)
+        if key not in self._rows:
+            memory = self._work.memory
+            padded = -(-self._work.inputs[name].numel() // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+            self._rows[key] = memory.torch.zeros((num_steps, padded), device=memory.device)
+        return self._rows[key]
+
+    def _row(self, name: str, content: Any, index: int) -> Any:
+        like = self._work.inputs[name]
+        return content[index, : like.numel()].view(like.shape)
+
+
+def _read_by_step(program: Program) -> frozenset[str]:
+    made = {name for call in program.prepare for name in call.outputs}
+    return frozenset(made & {name.partition("[")[0] for call in program.step for name in call.inputs})

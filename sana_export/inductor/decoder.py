@@ -1,0 +1,219 @@
+"""The DC-AE decoder as one piece over pixels [B, H, W, C], channels last throughout.
+
+Against `reference.dc_ae`: nearest upsampling and the convolution behind it are one 2x2 convolution with four times the
+channels on the small image (exact, 4 / 9 of the products); the depthwise 5x5 is a sum of shifted products, which
+Inductor makes one pass of; the grouped 1x1 is a batched product; linear attention and the middle of Mix-FFN are our
+kernels.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.nn import functional as F
+
+from sana_export.inductor.linear import Tensors
+from sana_export.inductor.piece import Piece
+from sana_export.inductor.transformer import taps_view
+from sana_export.reference.dc_ae import AutoencoderConfig
+from sana_kernels.linear_attention import linear_attention
+from sana_kernels.mix_ffn_depthwise import mix_ffn_depthwise
+from sana_kernels.modulated_norm.api import Impl
+from sana_runtime.inductor_program import Call
+
+_NORM_EPS = 1e-5
+Upsampling = Literal["phases", "interpolate"]
+Depthwise = Literal["shifted", "library"]
+Grouped = Literal["batched", "library"]
+# A shifted sum of 25 products is one expression: Inductor would otherwise write it out after every eighth read.
+ONE_PASS = {"realize_acc_reads_threshold": 64, "realize_reads_threshold": 64, "realize_opcount_threshold": 400}
+
+
+@dataclass(frozen=True)
+class DecoderLayout:
+    """What the piece is made for: latent size, dtype, kernels, and how three kinds of layers are computed."""
+
+    config: AutoencoderConfig
+    dtype: torch.dtype
+    height: int
+    width: int
+    impl: Impl
+    upsampling: Upsampling = "phases"
+    depthwise: Depthwise = "shifted"
+    grouped: Grouped = "batched"
+
+
+def decoder_piece(layout: DecoderLayout) -> Piece:
+    """latent [1, 32, h, w] fp32 -> image [1, 32h, 32w, 3] uint8."""
+    config = layout.config
+
+    def decode(t: Tensors) -> tuple[torch.Tensor, ...]:
+        latent = (t["latent"] / config.scaling_factor).to(layout.dtype).permute(0, 2, 3, 1).contiguous()
+        channels = config.decoder_channels[-1]
+        x = _convolution(latent, t, "conv_in")
+        x = x + latent.repeat_interleave(channels // config.latent_channels, dim=-1)
+        for stage in reversed(range(len(config.decoder_channels))):
+            if stage < len(config.decoder_channels) - 1:
+                x = _upsampled(x, t, f"stages.{stage}.upsample", layout)
+            for i in range(config.decoder_layers[stage]):
+                name = f"stages.{stage}.blocks.{i}"
+                if config.decoder_blocks[stage] == "ResBlock":
+                    x = _res_block(x, t, name)
+                else:
+                    x = _attention_block(x, t, name, layout, bool(config.decoder_multiscales[stage]))
+        x = F.relu(_norm(x, t, "norm_out"))
+        pixels = _convolution(x, t, "conv_out").float() * 0.5 + 0.5
+        return ((pixels.clamp(0, 1) * 255).round().to(torch.uint8),)
+
+    options = ONE_PASS if layout.depthwise == "shifted" else {}
+    return Piece("decoder", ("latent", *decoder_weights(config)), decode, options)
+
+
+def decoder_weights(config: AutoencoderConfig) -> tuple[str, ...]:
+    """The names of all weights, as the reference names them."""
+
+    def pair(name: str) -> list[str]:
+        return [f"{name}.weight", f"{name}.bias"]
+
+    names = pair("conv_in")
+    for stage, layers in enumerate(config.decoder_layers):
+        if stage < len(config.decoder_channels) - 1:
+            names += pair(f"stages.{stage}.upsample")
+        for block in (f"stages.{stage}.blocks.{i}" for i in range(layers)):
+            if config.decoder_blocks[stage] == "ResBlock":
+                names += [*pair(f"{block}.conv1"), f"{block}.conv2.weight", *pair(f"{block}.norm")]
+                continue
+            attention, ffn = f"{block}.linear_attention", f"{block}.mix_ffn"
+            names += [f"{attention}.qkv.weight", f"{attention}.to_out.weight", *pair(f"{attention}.norm")]
+            if config.decoder_multiscales[stage]:
+                names += [f"{attention}.multiscale.conv_{kind}.weight" for kind in ("depth", "group")]
+            names += [*pair(f"{ffn}.conv_inverted"), *pair(f"{ffn}.conv_depth"), f"{ffn}.conv_point.weight"]
+            names += pair(f"{ffn}.norm")
+    return (*names, *pair("norm_out"), *pair("conv_out"))
+
+
+def stored_weight(name: str, weight: torch.Tensor, upsampling: Upsampling = "phases") -> torch.Tensor:
+    """A weight of the reference as the piece takes it; `name` as in `decoder_weights`, in any float dtype."""
+    if name.endswith(".conv_depth.weight"):
+        return weight.flatten(1).t().contiguous()  # [taps, C]
+    if name.endswith(".conv_group.weight"):
+        inputs = weight.shape[1]
+        return weight.flatten(1).unflatten(0, (-1, inputs)).contiguous()  # [groups, O, I]
+    if name.endswith(".upsample.weight") and upsampling == "phases":
+        weight = phase_weight(weight)
+    return weight.permute(0, 2, 3, 1).contiguous() if weight.ndim == 4 else weight
+
+
+def phase_weight(weight: torch.Tensor) -> torch.Tensor:
+    """The 2x2 weights [4 O, I, 2, 2] of the four output pixels of a nearest-upsampled 3x3 convolution [O, I, 3, 3].
+
+    Output row 2i sees the input rows i - 1, i, i; row 2i + 1 sees i, i, i + 1; columns likewise. Phase 2a + b is that
+    of row a and column b. Sums are formed in fp32.
+    """
+    low = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
+    high = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    maps = torch.stack([low, high]).to(weight.device)  # [phase, 2, 3]
+    phases = torch.einsum("aky,blx,oiyx->aboikl", maps, maps, weight.float())
+    return phases.flatten(0, 2).to(weight.dtype)
+
+
+def decoder_calls(piece: Piece) -> tuple[Call, ...]:
+    """The one call of a picture."""
+    return (Call(piece.name, piece.inputs, ("image",)),)
+
+
+def _first(x: torch.Tensor) -> torch.Tensor:
+    return x.permute(0, 3, 1, 2)  # [B, C, H, W] in channels-last memory
+
+
+def _last(x: torch.Tensor) -> torch.Tensor:
+    return x.permute(0, 2, 3, 1)
+
+
+def _convolution(x: torch.Tensor, t: Tensors, name: str) -> torch.Tensor:
+    """3x3, padding 1, over [B, H, W, C]; weights are stored [O, 3, 3, I]."""
+    return _last(F.conv2d(_first(x), _first(t[f"{name}.weight"]), t.get(f"{name}.bias"), padding=1))
+
+
+def _norm(x: torch.Tensor, t: Tensors, name: str) -> torch.Tensor:
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + _NORM_EPS)
+    return (wide * t[f"{name}.weight"].float() + t[f"{name}.bias"].float()).to(x.dtype)
+
+
+def _res_block(x: torch.Tensor, t: Tensors, name: str) -> torch.Tensor:
+    hidden = F.silu(_convolution(x, t, f"{name}.conv1"))
+    return x + _norm(_convolution(hidden, t, f"{name}.conv2"), t, f"{name}.norm")
+
+
+def _upsampled(x: torch.Tensor, t: Tensors, name: str, layout: DecoderLayout) -> torch.Tensor:
+    """Upsampling convolution plus the shortcut: the pixel shuffle of repeated channels."""
+    batch, height, width, inputs = x.shape
+    outputs = t[f"{name}.bias"].shape[0]
+    shortcut = x.repeat_interleave(4 * outputs // inputs, dim=-1).unflatten(-1, (outputs, 2, 2))
+    shortcut = shortcut.permute(0, 1, 4, 2, 5, 3).reshape(batch, 2 * height, 2 * width, outputs)
+    if layout.upsampling == "interpolate":
+        large = _last(F.interpolate(_first(x), scale_factor=2.0, mode="nearest"))
+        return _convolution(large, t, name) + shortcut
+    # [B, H + 1, W + 1, 4 O]: row i of phase a belongs to output row 2 (i - a) + a.
+    phases = _last(F.conv2d(_first(x), _first(t[f"{name}.weight"]), padding=1)).unflatten(-1, (2, 2, outputs))
+    rows = [
+        torch.stack([phases[:, a : a + height, b : b + width, a, b] for b in (0, 1)], dim=3) for a in (0, 1)
+    ]  # [B, H, W, 2, O] each
+    out = torch.stack(rows, dim=2).reshape(batch, 2 * height, 2 * width, outputs)
+    return out + t[f"{name}.bias"] + shortcut
+
+
+def _attention_block(x: torch.Tensor, t: Tensors, name: str, layout: DecoderLayout, multiscale: bool) -> torch.Tensor:
+    """The EfficientViT block: linear attention over pixels, then Mix-FFN, each with norm and residual."""
+    _, height, width, _ = x.shape
+    tokens = x.flatten(1, 2)  # [B, N, C]
+    attention, ffn = f"{name}.linear_attention", f"{name}.mix_ffn"
+    head_dim = layout.config.head_dim
+    qkv = F.linear(tokens, t[f"{attention}.qkv.weight"])
+    out = linear_attention(qkv, head_dim=head_dim, impl=layout.impl)
+    if multiscale:
+        mixed = _mixed(qkv.unflatten(1, (height, width)), t, f"{attention}.multiscale", layout).flatten(1, 2)
+        out = torch.cat([out, linear_attention(mixed, head_dim=head_dim, impl=layout.impl)], dim=-1)
+    tokens = tokens + _norm(F.linear(out, t[f"{attention}.to_out.weight"]), t, f"{attention}.norm")
+    hidden = F.linear(tokens, t[f"{ffn}.conv_inverted.weight"], t[f"{ffn}.conv_inverted.bias"])
+    hidden = mix_ffn_depthwise(
+        hidden,
+        taps_view(t[f"{ffn}.conv_depth.weight"]),
+        t[f"{ffn}.conv_depth.bias"],
+        height,
+        width,
+        impl=layout.impl,
+    )
+    tokens = tokens + _norm(F.linear(hidden, t[f"{ffn}.conv_point.weight"]), t, f"{ffn}.norm")
+    return tokens.unflatten(1, (height, width))
+
+
+def _mixed(x: torch.Tensor, t: Tensors, name: str, layout: DecoderLayout) -> torch.Tensor:
+    """Depthwise 5x5, then grouped 1x1, over the packed q/k/v [B, H, W, 3C]."""
+    taps, groups = t[f"{name}.conv_depth.weight"], t[f"{name}.conv_group.weight"]
+    channels = x.shape[-1]
+    if layout.depthwise == "library":
+        size = int(taps.shape[0] ** 0.5)
+        weight = taps.view(size, size, 1, channels).permute(3, 2, 0, 1)
+        x = _last(F.conv2d(_first(x), weight, padding=size // 2, groups=channels))
+    else:
+        x = shifted_sum(x, taps)
+    if layout.grouped == "library":
+        weight = groups.flatten(0, 1)[:, :, None, None]
+        return _last(F.conv2d(_first(x), weight, groups=groups.shape[0]))
+    rows = x.flatten(0, 2).unflatten(-1, groups.shape[::2]).transpose(0, 1)  # [groups, N, I]
+    return torch.bmm(rows, groups.transpose(1, 2)).transpose(0, 1).reshape(x.shape)
+
+
+def shifted_sum(x: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
+    """Depthwise convolution of [B, H, W, C] with taps [k * k, C] as one sum in fp32."""
+    _, height, width, _ = x.shape
+    size = int(taps.shape[0] ** 0.5)
+    margin = size // 2
+    padded = F.pad(x, (0, 0, margin, margin, margin, margin))
+    total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for tap in range(size * size):
+        dy, dx = divmod(tap, size)
+        total = total + padded[:, dy : dy + height, dx : dx + width].float() * taps[tap].float()
+    return total.to(x.dtype)

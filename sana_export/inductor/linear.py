@@ -1,0 +1,105 @@
+"""Linear layers over named tensors: base dtype, 8-bit weights, or 8-bit weights and activations.
+
+A layer `name` owns up to five tensors: `name.weight` [O, I], `name.bias` [O], `name.weight_scale` fp32 ([] or [O]),
+`name.activation_scale` fp32 [] and `name.inverse_smooth` [I].
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from sana_kernels.mix_ffn_depthwise.quantization import narrow
+
+Tensors = Mapping[str, torch.Tensor]
+FP8, INT8 = torch.float8_e4m3fn, torch.int8
+
+
+@dataclass(frozen=True)
+class LinearForm:
+    """How one layer is stored and computed. `weight_dtype` None: the base dtype; `activation_dtype` None: base dtype.
+
+    `smooth`: the activation is multiplied with `inverse_smooth` before it is quantised (otherwise what feeds the layer
+    has the factor in its own weights).
+    """
+
+    bias: bool
+    weight_dtype: torch.dtype | None = None
+    activation_dtype: torch.dtype | None = None
+    smooth: bool = False
+
+    def tensors(self, name: str) -> tuple[str, ...]:
+        """The names of the layer's tensors."""
+        parts = ["weight"]
+        parts += ["bias"] * self.bias
+        parts += ["weight_scale"] * (self.weight_dtype is not None)
+        parts += ["activation_scale"] * (self.activation_dtype is not None)
+        parts += ["inverse_smooth"] * self.smooth
+        return tuple(f"{name}.{part}" for part in parts)
+
+    @property
+    def codes_wanted(self) -> torch.dtype | None:
+        """The dtype in which what feeds the layer should write; None for the base dtype."""
+        return None if self.smooth else self.activation_dtype
+
+    def scale_wanted(self, tensors: Tensors, name: str) -> torch.Tensor | None:
+        """The static scale to write with; None for the base dtype."""
+        return None if self.codes_wanted is None else tensors[f"{name}.activation_scale"]
+
+
+def linear(x: torch.Tensor, tensors: Tensors, name: str, form: LinearForm, dtype: torch.dtype) -> torch.Tensor:
+    """x [..., I], in the base dtype or already as codes -> [..., O] in `dtype`."""
+    weight = tensors[f"{name}.weight"]
+    bias = tensors[f"{name}.bias"] if form.bias else None
+    if form.activation_dtype is None:
+        if form.weight_dtype is None:
+            return F.linear(x, weight, bias)
+        return _scaled(x @ weight.to(dtype).t(), tensors[f"{name}.weight_scale"], bias, dtype)
+    codes = (x if x.dtype == form.activation_dtype else _codes(x, tensors, name, form)).flatten(0, -2)
+    scales = tensors[f"{name}.activation_scale"], tensors[f"{name}.weight_scale"]
+    product = _fp8_product if form.activation_dtype == FP8 else _int8_product
+    return product(codes, weight, *scales, bias, dtype).unflatten(0, x.shape[:-1])
+
+
+def _codes(x: torch.Tensor, tensors: Tensors, name: str, form: LinearForm) -> torch.Tensor:
+    assert form.activation_dtype is not None
+    wide = x.float()
+    if form.smooth:
+        wide = wide * tensors[f"{name}.inverse_smooth"].float()
+    return narrow(wide, tensors[f"{name}.activation_scale"], form.activation_dtype)
+
+
+def _fp8_product(
+    codes: torch.Tensor,
+    weight: torch.Tensor,
+    activation_scale: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """codes [R, I], weight [O, I] -> [R, O]. One scale per tensor each goes into the product; one per channel after."""
+    if weight_scale.ndim == 0 and dtype == torch.bfloat16:
+        return torch._scaled_mm(
+            codes, weight.t(), activation_scale, weight_scale, bias=bias, out_dtype=dtype, use_fast_accum=True
+        )
+    one = torch.ones_like(activation_scale)
+    # The library adds a bias in 16 bits only, and scales rows only together with columns.
+    out = torch._scaled_mm(codes, weight.t(), activation_scale, one, out_dtype=torch.float32, use_fast_accum=True)
+    return _scaled(out, weight_scale, bias, dtype)
+
+
+def _int8_product(
+    codes: torch.Tensor,
+    weight: torch.Tensor,
+    activation_scale: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return _scaled(torch._int_mm(codes, weight.t()), activation_scale * weight_scale, bias, dtype)
+
+
+def _scaled(product: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    out = product.float() * scale
+    return (out if bias is None else out + bias.float()).to(dtype)

@@ -1,0 +1,177 @@
+"""Gemma-2 as three pieces, one of which serves every layer: packed q/k/v and gate/up products, fp32 norms and softmax.
+
+The mathematics of transformers' Gemma2Model with eager attention. Soft caps rule out library attention; at a few
+hundred tokens the scores are small, and Inductor fuses everything between the two products.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from sana_export.inductor.linear import LinearForm, Tensors, linear
+from sana_export.inductor.piece import Piece
+from sana_runtime.inductor_program import Call
+
+# Scores are soft-capped, so this is a hard zero after softmax.
+_MASKED = -10000.0
+# The layer's products, from the reference's layers that are stacked in each.
+LAYER_LINEARS: dict[str, tuple[str, ...]] = {
+    "self_attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attn.o_proj": ("self_attn.o_proj",),
+    "mlp.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.down_proj": ("mlp.down_proj",),
+}
+LAYER_NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+
+
+@dataclass(frozen=True)
+class TextEncoderLayout:
+    """Shape of a Gemma-2 and what its pieces are made for; `tokens` is the padded prompt length L."""
+
+    channels: int
+    layers: int
+    heads: int
+    key_heads: int
+    head_dim: int
+    query_scale: float
+    soft_cap: float | None
+    norm_eps: float
+    rope_theta: float
+    tokens: int
+    dtype: torch.dtype
+    embedding_dtype: torch.dtype | None = None
+
+    @classmethod
+    def from_upstream(
+        cls, config: Mapping[str, Any], tokens: int, dtype: torch.dtype, embedding_dtype: torch.dtype | None = None
+    ) -> "TextEncoderLayout":
+        """From a `text_encoder/config.json`."""
+        return cls(
+            channels=config["hidden_size"],
+            layers=config["num_hidden_layers"],
+            heads=config["num_attention_heads"],
+            key_heads=config["num_key_value_heads"],
+            head_dim=config["head_dim"],
+            query_scale=config["query_pre_attn_scalar"] ** -0.5,
+            soft_cap=config["attn_logit_softcapping"],
+            norm_eps=config["rms_norm_eps"],
+            rope_theta=config["rope_theta"],
+            tokens=tokens,
+            dtype=dtype,
+            embedding_dtype=embedding_dtype,
+        )
+
+
+def embed_piece(layout: TextEncoderLayout) -> Piece:
+    """caption_tokens, caption_mask [1, L] -> x [1, L, C], bias [L, L] fp32, cosine and sine [L, D]."""
+    inputs = ["caption_tokens", "caption_mask", "embed_tokens.weight"]
+    inputs += ["embed_tokens.weight_scale"] * (layout.embedding_dtype is not None)
+
+    def embed(t: Tensors) -> tuple[torch.Tensor, ...]:
+        tokens, mask = t["caption_tokens"], t["caption_mask"]
+        x = F.embedding(tokens, t["embed_tokens.weight"])
+        if layout.embedding_dtype is not None:
+            scale = t["embed_tokens.weight_scale"]
+            rows = scale if scale.ndim == 0 else F.embedding(tokens, scale.unsqueeze(1))
+            x = (x.float() * rows).to(layout.dtype)
+        # The factor is rounded to the dtype of the weights, as in transformers.
+        factor = torch.tensor(layout.channels**0.5, dtype=layout.dtype).item()
+        position = torch.arange(layout.tokens, device=tokens.device)
+        allowed = (position[:, None] >= position[None, :]) & mask.bool()  # [L, L]
+        bias = torch.where(allowed, 0.0, _MASKED)
+        half = torch.arange(0, layout.head_dim, 2, dtype=torch.float32, device=tokens.device) / layout.head_dim
+        angle = torch.outer(position.float(), 1.0 / layout.rope_theta**half)
+        angle = torch.cat([angle, angle], dim=-1)
+        return x * factor, bias, angle.cos().to(layout.dtype), angle.sin().to(layout.dtype)
+
+    return Piece("embed", tuple(inputs), embed)
+
+
+def layer_piece(layout: TextEncoderLayout, forms: Mapping[str, LinearForm], name: str = "layer") -> Piece:
+    """x [1, L, C] -> x [1, L, C] of one decoder layer."""
+    inputs = ["x", "bias", "cosine", "sine"]
+    for linear_name, form in forms.items():
+        inputs += form.tensors(linear_name)
+    inputs += [f"{norm}.weight" for norm in LAYER_NORMS]
+
+    def layer(t: Tensors) -> tuple[torch.Tensor, ...]:
+        def product(name: str, x: torch.Tensor) -> torch.Tensor:
+            return linear(x, t, name, forms[name], layout.dtype)
+
+        def norm(name: str, x: torch.Tensor) -> torch.Tensor:
+            return gemma_norm(x, t[f"{name}.weight"], layout.norm_eps)
+
+        x = t["x"]
+        attended = _attention(product("self_attn.qkv", norm("input_layernorm", x)), t, layout)
+        x = x + norm("post_attention_layernorm", product("self_attn.o_proj", attended))
+        gate, up = product("mlp.gate_up", norm("pre_feedforward_layernorm", x)).chunk(2, dim=-1)
+        hidden = F.gelu(gate, approximate="tanh") * up
+        return (x + norm("post_feedforward_layernorm", product("mlp.down_proj", hidden)),)
+
+    return Piece(name, tuple(inputs), layer)
+
+
+def final_piece(layout: TextEncoderLayout) -> Piece:
+    """x [1, L, C] -> caption_embeds [1, L, C]."""
+
+    def final(t: Tensors) -> tuple[torch.Tensor, ...]:
+        return (gemma_norm(t["x"], t["norm.weight"], layout.norm_eps),)
+
+    return Piece("final", ("x", "norm.weight"), final)
+
+
+def gemma_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMS norm times 1 + weight, in fp32; the result has the dtype of `x`."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * (1 + weight.float())).to(x.dtype)
+
+
+def text_encoder_pieces(
+    layout: TextEncoderLayout, forms: tuple[Mapping[str, LinearForm], ...]
+) -> tuple[dict[str, Piece], list[str]]:
+    """All pieces by name, and the name of every layer's piece: layers of equal forms share one."""
+    pieces = {piece.name: piece for piece in (embed_piece(layout), final_piece(layout))}
+    names: dict[tuple, str] = {}
+    layers = []
+    for form in forms:
+        key = tuple(form.items())
+        if key not in names:
+            names[key] = f"layer_{len(names) + 1}" if names else "layer"
+            pieces[names[key]] = layer_piece(layout, form, names[key])
+        layers.append(names[key])
+    return pieces, layers
+
+
+def text_encoder_calls(pieces: Mapping[str, Piece], layers: list[str]) -> tuple[Call, ...]:
+    """The calls of one caption for weights named as the reference names them."""
+    calls = [Call("embed", pieces["embed"].inputs, ("x.0", "bias", "cosine", "sine"))]
+    for i, name in enumerate(layers):
+        shared = {"x": f"x.{i}", "bias": "bias", "cosine": "cosine", "sine": "sine"}
+        inputs = tuple(shared.get(n, f"layers.{i}.{n}") for n in pieces[name].inputs)
+        calls.append(Call(name, inputs, (f"x.{i + 1}",)))
+    calls.append(Call("final", (f"x.{len(layers)}", "norm.weight"), ("caption_embeds",)))
+    return tuple(calls)
+
+
+def _attention(qkv: torch.Tensor, t: Tensors, layout: TextEncoderLayout) -> torch.Tensor:
+    """Packed qkv [1, L, (heads + 2 key_heads) D] -> [1, L, heads D], causal, soft-capped."""
+    groups = layout.heads // layout.key_heads
+    heads = qkv[0].unflatten(-1, (-1, layout.head_dim)).transpose(0, 1)  # [heads + 2 key_heads, L, D]
+    query, key, value = heads.split([layout.heads, layout.key_heads, layout.key_heads])
+    query, key = (_rotated(x, t["cosine"], t["sine"]) for x in (query, key))
+    # The query heads of one key head as rows of one product: [key_heads, groups * L, D].
+    grouped = query.unflatten(0, (layout.key_heads, groups)).flatten(1, 2)
+    scores = torch.bmm(grouped, key.transpose(1, 2)).float() * layout.query_scale
+    if layout.soft_cap is not None:
+        scores = torch.tanh(scores / layout.soft_cap) * layout.soft_cap
+    weights = F.softmax(scores.unflatten(1, (groups, -1)) + t["bias"], dim=-1).to(qkv.dtype)
+    out = torch.bmm(weights.flatten(1, 2), value)  # [key_heads, groups * L, D]
+    return out.unflatten(1, (groups, -1)).flatten(0, 1).transpose(0, 1).flatten(1)[None]
+
+
+def _rotated(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    low, high = x.chunk(2, dim=-1)
+    return x * cosine + torch.cat([-high, low], dim=-1) * sine

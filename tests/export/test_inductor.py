@@ -1,0 +1,356 @@
+"""The pieces of the target `inductor` compute what the reference modules compute, in every variant and precision.
+
+They run eagerly here, with the kernels' references; `test_inductor_build.py` compiles them.
+"""
+
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from sana_calibration.fake_quant import fake_quantized
+from sana_calibration.layers import weight_of
+from sana_calibration.recipe import load_recipe
+from sana_calibration.rules import Exclusion, LayerRule, PerTensor, Recipe
+from sana_calibration.scales import LayerScales
+from sana_calibration.smoothing import layer_scales_of_channels
+from sana_export.calibration_run import rules_of
+from sana_export.components import ComponentPlan, loaded_module, plan_components
+from sana_export.inductor.decoder import decoder_piece, phase_weight, stored_weight
+from sana_export.inductor.linear import FP8, INT8, LinearForm, linear
+from sana_export.inductor.prepare import Prepared, prepare
+from sana_export.inductor.transformer import stored_taps, taps_view
+from sana_export.parity.metrics import measure
+from sana_export.parity.tolerance import check
+from sana_export.reference.dc_ae import AutoencoderConfig
+from sana_export.weights.checkpoint import Checkpoint, open_checkpoint
+from sana_kernels.mix_ffn_depthwise import tap_major
+from sana_runtime.contract import COMPONENTS, ComponentName, PrecisionName
+from sana_runtime.errors import TargetError
+from sana_runtime.inductor_program import run_calls
+
+VARIANTS = ["random:tiny", "random:tiny-qknorm", "random:tiny-sprint", "random:tiny-4k"]
+# Not square, so that height and width cannot be exchanged; the prompt is longer than what is valid of it.
+HEIGHT, WIDTH, TOKENS, VALID = 128, 96, 60, 23
+# Blocks of the tiny components, for the bound of parity/tolerance.py.
+BLOCKS = {"text_encoder": 2, "transformer": 2, "vae_decoder": 18}
+# Guidance multiplies the independent errors of its halves.
+GUIDANCE = 4.5
+
+
+@cache
+def checkpoint(model: str) -> Checkpoint:
+    return open_checkpoint(model)
+
+
+@cache
+def plan_of(model: str, precision: PrecisionName, component: ComponentName) -> ComponentPlan:
+    plans = plan_components(checkpoint(model), precision, HEIGHT, WIDTH, TOKENS)
+    return next(plan for plan in plans if plan.name == component)
+
+
+def feeds_of(plan: ComponentPlan) -> dict[str, torch.Tensor]:
+    """Seeded inputs; one masked caption position lies between valid ones."""
+    generator = torch.Generator().manual_seed(1)
+    scalars = {"timestep": 731.0, "sigma": 0.7, "guidance_scale": GUIDANCE, "guidance_embeds": GUIDANCE}
+    feeds = {}
+    names = {spec.name for spec in plan.inputs}
+    for spec in plan.inputs:
+        if spec.name == "caption_tokens":
+            feeds[spec.name] = torch.randint(0, 768, spec.shape, generator=generator)
+        elif spec.name == "caption_mask":
+            mask = torch.zeros(spec.shape, dtype=torch.int64)
+            mask[..., :VALID] = 1
+            if plan.name == "transformer":
+                mask[..., 5] = 0
+            feeds[spec.name] = mask
+        elif spec.name in scalars:
+            sprint = spec.name == "timestep" and "guidance_embeds" in names
+            feeds[spec.name] = torch.tensor(0.6 if sprint else scalars[spec.name])
+        else:
+            feeds[spec.name] = torch.randn(spec.shape, generator=generator).to(getattr(torch, spec.dtype))
+    return feeds
+
+
+@torch.no_grad()
+def run_prepared(prepared: Prepared, plan: ComponentPlan, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    values = {name: tensor.load() for name, tensor in prepared.weights.items()}
+    for name, tensor in prepared.weights.items():
+        assert (tuple(values[name].shape), values[name].dtype) == (tensor.shape, tensor.dtype), name
+    values.update(feeds)
+    made = frozenset(name for call in prepared.prepare for name in call.outputs)
+    run_calls(prepared.prepare, prepared.pieces, values, made)
+    outputs = frozenset(spec.name for spec in plan.outputs)
+    run_calls(prepared.step, prepared.pieces, values, outputs)
+    return {name: values[name] for name in outputs}
+
+
+def prepared_for(model: str, plan: ComponentPlan, rules: dict, scales: dict) -> Prepared:
+    return prepare(checkpoint(model), plan, HEIGHT // 32, WIDTH // 32, TOKENS, rules, scales, "reference")
+
+
+@torch.no_grad()
+def reference_outputs(module: torch.nn.Module, plan: ComponentPlan, feeds: dict) -> dict[str, torch.Tensor]:
+    outputs = module(*[feeds[spec.name] for spec in plan.inputs])
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return {spec.name: output for spec, output in zip(plan.outputs, outputs, strict=True)}
+
+
+def compare(
+    plan: ComponentPlan, found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], dtype: str
+) -> dict[str, float]:
+    """Hold every output to the bound of its dtype; rows of padding mean nothing."""
+    errors = {}
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        left, right = found[name], value
+        assert left.shape == right.shape, name
+        if plan.name == "text_encoder":
+            left, right = left[:, :VALID], right[:, :VALID]
+        row = measure(plan.name, name, _numpy(left), _numpy(right))
+        blocks = BLOCKS[plan.name]
+        if plan.name == "transformer" and dtype != "float32":
+            # An error of each half counts GUIDANCE and GUIDANCE - 1 times: as of that many more squared roundings.
+            blocks = int(blocks * (GUIDANCE**2 + (GUIDANCE - 1) ** 2))
+        check(row, dtype, blocks)
+        errors[name] = row.relative_rms
+    return errors
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("model", VARIANTS)
+def test_pieces_equal_the_reference_in_fp32(model: str, component: ComponentName) -> None:
+    if component != "transformer" and model != "random:tiny":
+        pytest.skip("the variants share this component")
+    plan = plan_of(model, "fp32", component)
+    feeds = feeds_of(plan)
+    found = run_prepared(prepared_for(model, plan, {}, {}), plan, feeds)
+    wanted = reference_outputs(loaded_module(plan, checkpoint(model)), plan, feeds)
+    compare(plan, found, wanted, "float32")
+    assert all(value.float().std() > 0 for value in wanted.values())
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("model", VARIANTS)
+def test_pieces_in_bf16_are_within_their_roundings(model: str, component: ComponentName) -> None:
+    if component != "transformer" and model != "random:tiny":
+        pytest.skip("the variants share this component")
+    plan, exact = plan_of(model, "bf16", component), plan_of(model, "fp32", component)
+    feeds = feeds_of(plan)
+    found = run_prepared(prepared_for(model, plan, {}, {}), plan, feeds)
+    wide = {name: t.float() if t.dtype == torch.bfloat16 else t for name, t in feeds.items()}
+    wanted = reference_outputs(loaded_module(exact, checkpoint(model)), exact, wide)
+    compare(plan, found, wanted, "bfloat16")
+
+
+def observed_scales(
+    module: torch.nn.Module, plan: ComponentPlan, rules: dict[str, LayerRule], feeds: dict
+) -> dict[str, LayerScales]:
+    """Plain max calibration on the very inputs of the test."""
+    found: dict[str, np.ndarray] = {}
+    handles = []
+    for name, rule in rules.items():
+        if rule.activation_dtype is not None:
+
+            def hook(_: object, inputs: tuple, name: str = name) -> None:
+                x = inputs[0].detach().float().abs()
+                found[name] = x.flatten(0, -2).amax(0).numpy() if x.ndim == 3 else x.amax().reshape(1).numpy()
+
+            handles.append(module.get_submodule(plan.prefix + name).register_forward_pre_hook(hook))
+    reference_outputs(module, plan, feeds)
+    for handle in handles:
+        handle.remove()
+    return {
+        name: layer_scales_of_channels(
+            channels, weight_of(module, plan.prefix + name), rules[name].smoothing_alpha, "float32"
+        )
+        for name, channels in found.items()
+    }
+
+
+def per_tensor(recipe: Recipe) -> Recipe:
+    """With one scale per tensor nothing can be folded into a weight: factors are applied on the way."""
+    return replace(recipe, rules=tuple(replace(rule, granularity=PerTensor()) for rule in recipe.rules))
+
+
+def per_channel_fp8(recipe: Recipe) -> Recipe:
+    fp8 = load_recipe("fp8")
+    rules = tuple(
+        replace(rule, granularity=load_recipe("int8").rules[0].granularity) if rule.activation_dtype else rule
+        for rule in fp8.rules
+    )
+    return replace(fp8, rules=rules)
+
+
+RECIPES = {
+    "fp8": lambda: load_recipe("fp8"),
+    "int8": lambda: load_recipe("int8"),
+    "int8-weight-only": lambda: load_recipe("int8-weight-only"),
+    "int8-per-tensor": lambda: per_tensor(load_recipe("int8")),
+    "fp8-per-channel": lambda: per_channel_fp8(load_recipe("fp8")),
+}
+
+
+@pytest.mark.parametrize("component", ["transformer", "text_encoder"])
+@pytest.mark.parametrize("name", list(RECIPES))
+@pytest.mark.parametrize("model", VARIANTS[:3])
+def test_quantised_pieces_equal_the_fake_quantised_reference(model: str, name: str, component: ComponentName) -> None:
+    """In an fp32 base every code is the same, so only the order of sums differs."""
+    if component == "text_encoder" and model != "random:tiny":
+        pytest.skip("the variants share this component")
+    recipe = replace(RECIPES[name](), base_dtype="float32")
+    plan = plan_of(model, "fp32", component)
+    feeds, module = feeds_of(plan), loaded_module(plan, checkpoint(model))
+    rules = rules_of(recipe, plan)
+    scales = observed_scales(module, plan, rules, feeds)
+    if component == "transformer" and "weight-only" not in name:
+        assert (scales["blocks.0.linear_attention.qkv"].smooth_factor is not None) == (name.startswith("int8"))
+    found = run_prepared(prepared_for(model, plan, rules, scales), plan, feeds)
+    plain = reference_outputs(module, plan, feeds)
+    with fake_quantized(module, plan.prefix, rules, scales):
+        wanted = reference_outputs(module, plan, feeds)
+    errors = compare(plan, found, wanted, "float32")
+    output = plan.outputs[-1].name
+    effect = measure(component, output, _numpy(wanted[output]), _numpy(plain[output])).relative_rms
+    assert effect > 20 * errors[output], "the recipe changes nothing: the comparison shows nothing"
+
+
+def test_quantised_weights_are_stored_in_eight_bits() -> None:
+    plan = plan_of("random:tiny", "bf16", "transformer")
+    recipe = load_recipe("fp8")
+    rules = rules_of(recipe, plan)
+    scales = {name: LayerScales(2.0) for name, rule in rules.items() if rule.activation_dtype}
+    weights = prepared_for("random:tiny", plan, rules, scales).weights
+    assert weights["blocks.1.mix_ffn.conv_inverted.weight"].dtype == FP8
+    assert weights["to_kv.weight"].dtype == INT8
+    assert weights["to_kv.weight_scale"].shape == (2, 128)
+    assert weights["blocks.0.mix_ffn.conv_depth.weight"].dtype == torch.bfloat16
+    # 2 / 448, rounded to bf16 like the scale in the Q/DQ graph.
+    scale = weights["blocks.0.linear_attention.qkv.activation_scale"].load()
+    assert scale == torch.tensor(2 / 448).bfloat16().float()
+
+
+def test_blocks_of_one_form_share_a_piece() -> None:
+    plan = plan_of("random:tiny", "fp32", "transformer")
+    shared = prepared_for("random:tiny", plan, {}, {})
+    assert sorted(shared.pieces) == ["block", "caption", "embed", "head"]
+    assert [call.piece for call in shared.step] == ["embed", "block", "block", "head"]
+
+
+def test_a_block_with_an_exclusion_gets_a_piece_of_its_own() -> None:
+    recipe = replace(load_recipe("int8"), base_dtype="float32")
+    recipe = recipe.excluding((Exclusion("transformer", "blocks.1.mix_ffn.conv_point", "a test"),))
+    plan = plan_of("random:tiny", "fp32", "transformer")
+    feeds, module = feeds_of(plan), loaded_module(plan, checkpoint("random:tiny"))
+    rules = rules_of(recipe, plan)
+    scales = observed_scales(module, plan, rules, feeds)
+    prepared = prepared_for("random:tiny", plan, rules, scales)
+    assert [call.piece for call in prepared.step] == ["embed", "block", "block_2", "head"]
+    found = run_prepared(prepared, plan, feeds)
+    with fake_quantized(module, plan.prefix, rules, scales):
+        compare(plan, found, reference_outputs(module, plan, feeds), "float32")
+
+
+def test_the_clip_of_fp16_era_weights_is_kept() -> None:
+    """An attention output beyond fp16's range is clipped as in the reference."""
+    ck = open_checkpoint("random:tiny")
+    ck.attention_clip = True
+    plan = next(p for p in plan_components(ck, "fp32", HEIGHT, WIDTH, TOKENS) if p.name == "transformer")
+    weights = ck.weights("transformer")
+    name = "blocks.0.linear_attention.to_out.bias"
+    loud = replace(weights[name], load=lambda: torch.linspace(-1e6, 1e6, 64))
+    ck.weights = lambda component: {**weights, name: loud}  # type: ignore[method-assign]
+    feeds = feeds_of(plan)
+    prepared = prepare(ck, plan, HEIGHT // 32, WIDTH // 32, TOKENS, {}, {}, "reference")
+    wanted = reference_outputs(loaded_module(plan, ck), plan, feeds)["velocity"]
+    ck.attention_clip = False
+    unclipped = prepare(ck, plan, HEIGHT // 32, WIDTH // 32, TOKENS, {}, {}, "reference")
+
+    def error(candidate: Prepared) -> float:
+        found = run_prepared(candidate, plan, feeds)["velocity"]
+        return measure("transformer", "velocity", _numpy(found), _numpy(wanted)).relative_rms
+
+    # Beside 65504, fp32 keeps details of unit size to this many digits only.
+    bound = 65504 * 2.0**-24
+    assert error(prepared) <= bound
+    assert error(unclipped) > 10 * bound
+
+
+@pytest.mark.parametrize("upsampling", ["phases", "interpolate"])
+@pytest.mark.parametrize("mixing", ["ours", "library"])
+def test_every_way_to_decode_gives_the_same_picture(upsampling: str, mixing: str) -> None:
+    from sana_export.inductor.decoder import DecoderLayout
+
+    plan = plan_of("random:tiny", "fp32", "vae_decoder")
+    ck = checkpoint("random:tiny")
+    config = AutoencoderConfig.from_upstream(ck.vae_config)
+    ways = ("library", "library") if mixing == "library" else ("shifted", "batched")
+    layout = DecoderLayout(config, torch.float32, HEIGHT // 32, WIDTH // 32, "reference", upsampling, *ways)  # type: ignore[arg-type]
+    piece = decoder_piece(layout)
+    feeds, weights = feeds_of(plan), ck.weights("vae_decoder")
+    tensors = [stored_weight(name, weights[name].load(), layout.upsampling) for name in piece.inputs[1:]]
+    with torch.no_grad():
+        found = {"image": piece(feeds["latent"], *tensors)[0]}
+    compare(plan, found, reference_outputs(loaded_module(plan, ck), plan, feeds), "float32")
+
+
+def test_the_four_phases_are_the_upsampled_convolution() -> None:
+    x, weight = torch.randn(2, 5, 4, 7, dtype=torch.float64), torch.randn(3, 5, 3, 3, dtype=torch.float64)
+    wanted = F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, padding=1)
+    phases = F.conv2d(x.float(), phase_weight(weight.float()), padding=1).unflatten(1, (2, 2, 3))
+    for a in (0, 1):
+        for b in (0, 1):
+            found = phases[:, a, b, :, a : a + 4, b : b + 7]
+            torch.testing.assert_close(found, wanted[:, :, a::2, b::2].float(), rtol=1e-5, atol=1e-5)
+
+
+def test_stored_taps_lie_as_the_kernel_reads_them_fastest() -> None:
+    weight = torch.randn(10, 1, 3, 3)
+    view = taps_view(stored_taps(weight))
+    assert torch.equal(view, weight)
+    assert view.stride() == tap_major(weight).stride()
+
+
+@pytest.mark.parametrize("codes", [FP8, INT8], ids=str)
+def test_a_linear_layer_takes_codes_or_makes_them(codes: torch.dtype) -> None:
+    form = LinearForm(True, codes, codes)
+    x, weight = torch.randn(3, 20, 32), torch.randn(16, 32)
+    stored = (weight * 10).to(codes)
+    scale = torch.tensor(0.02)
+    tensors = {
+        "l.weight": stored,
+        "l.weight_scale": torch.tensor(0.1),
+        "l.activation_scale": scale,
+        "l.bias": torch.randn(16),
+    }
+    made = linear(x, tensors, "l", form, torch.float32)
+    quantised = (x / scale).clamp(-448, 448) if codes == FP8 else (x / scale).round().clamp(-128, 127)
+    given = linear(quantised.to(codes), tensors, "l", form, torch.float32)
+    torch.testing.assert_close(made, given, rtol=0, atol=0)
+    wanted = F.linear(quantised.to(codes).float() * scale, stored.float() * 0.1, tensors["l.bias"])
+    torch.testing.assert_close(made, wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_what_the_target_cannot_compute_is_refused() -> None:
+    plan = plan_of("random:tiny", "bf16", "transformer")
+    rules = rules_of(load_recipe("int4-weight-only"), plan)
+    with pytest.raises(TargetError, match="no kernel for int4 weights"):
+        prepared_for("random:tiny", plan, rules, {})
+    with pytest.raises(TargetError, match="computes in bf16 or fp32"):
+        prepared_for("random:tiny", plan_of("random:tiny", "fp16", "transformer"), {}, {})
+
+
+def test_the_decoder_says_what_it_leaves_alone() -> None:
+    plan = plan_of("random:tiny", "bf16", "vae_decoder")
+    rules = rules_of(load_recipe("fp8"), plan)
+    scales = {name: LayerScales(1.0) for name in rules}
+    prepared = prepared_for("random:tiny", plan, rules, scales)
+    assert prepared.notes == ("vae_decoder: 18 convolutions stay in the base dtype: this target has no 8-bit ones",)
+    assert {tensor.dtype for tensor in prepared.weights.values()} == {torch.bfloat16}

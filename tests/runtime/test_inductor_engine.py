@@ -1,0 +1,280 @@
+"""The target `inductor` runs programs of compiled pieces: single steps, whole loops, and clear refusals.
+
+The pieces here are Python functions in the place of compiled ones, which `tests/export/test_inductor_build.py` makes.
+"""
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+import sana_runtime.inductor_engine as inductor
+from sana_runtime.contract import TensorSpec
+from sana_runtime.engine import LoopEngine
+from sana_runtime.errors import BundleError, InputError, TargetError
+from sana_runtime.inductor_program import Call, Program
+from sana_runtime.manifest import ComponentEntry, EngineEntry
+from sana_runtime.pipeline import Pipeline
+from sana_runtime.targets import choose_target, examine_targets
+from tests.runtime.toys import LATENT_SHAPE, toy_manifest
+
+torch = pytest.importorskip("torch")
+safetensors = pytest.importorskip("safetensors.torch")
+
+F32 = "float32"
+INPUTS = (
+    TensorSpec("latent", F32, (1, 6)),
+    TensorSpec("previous_x0", F32, (1, 6)),
+    TensorSpec("caption", F32, (3,)),
+    TensorSpec("timestep", F32, ()),
+    TensorSpec("step_coefficients", F32, (3,)),
+)
+OUTPUTS = tuple(TensorSpec(name, F32, (1, 6)) for name in ("next_latent", "x0"))
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def toy_pieces(prompts: list[int]) -> dict[str, Callable[..., Any]]:
+    """A solver step with what such a program has: something per prompt, a table, blocks of one piece, a head."""
+
+    def caption(words: Any, weight: Any) -> tuple[Any, ...]:
+        prompts.append(1)
+        return ((words * weight).sum().reshape(1, 1) * torch.ones(2, 1, device=words.device),)
+
+    def block(x: Any, weight: Any, key: Any) -> tuple[Any]:
+        return (torch.tanh(x * weight + key),)
+
+    def head(x: Any, latent: Any, previous_x0: Any, timestep: Any, coefficients: Any) -> tuple[Any, Any]:
+        x0 = x * timestep
+        a, b, c = coefficients.unbind(0)
+        return a * latent + b * x0 + c * previous_x0, x0
+
+    return {"caption": caption, "block": block, "head": head}
+
+
+PREPARE = (Call("caption", ("caption", "caption.weight"), ("keys",)),)
+STEP = (
+    Call("block", ("latent", "blocks[0]", "keys[0]"), ("x.1",)),
+    Call("block", ("x.1", "blocks[1]", "keys[1]"), ("x.2",)),
+    Call("head", ("x.2", "latent", "previous_x0", "timestep", "step_coefficients"), ("next_latent", "x0")),
+)
+
+
+@pytest.fixture
+def prompts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Pieces are Python functions; one entry per run of what depends on the prompt alone."""
+    found: list[int] = []
+    pieces = toy_pieces(found)
+    monkeypatch.setattr(inductor, "load_piece", lambda path: pieces[path.stem])
+    return found
+
+
+def written_engine(folder: Path, **changes: Any) -> tuple[ComponentEntry, EngineEntry]:
+    """A component's files and entries."""
+    files = {name: f"{name}.pt2" for name in ("caption", "block", "head")}
+    program = Program(1, "cpu", "1", files, "weights.safetensors", PREPARE, STEP)
+    program = dataclasses.replace(program, **changes)
+    (folder / inductor.PROGRAM_NAME).write_bytes(msgspec.json.encode(program))
+    weights = {"caption.weight": torch.tensor([1.0, -2.0, 0.5]), "blocks": torch.tensor([[0.7], [-1.3]])}
+    safetensors.save_file(weights, str(folder / "weights.safetensors"))
+    entry = EngineEntry("inductor", (inductor.PROGRAM_NAME, "weights.safetensors"), "AOTInductor", "1", device="cpu")
+    return ComponentEntry("transformer", F32, "", "0" * 64, INPUTS, OUTPUTS, (entry,)), entry
+
+
+def feeds(num_steps: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(inputs that stay, schedule)."""
+    generator = np.random.default_rng(3)
+    latent = generator.standard_normal((1, 6), dtype=np.float32)
+    schedule = {
+        "timestep": np.linspace(0.9, 0.1, num_steps, dtype=np.float32),
+        "step_coefficients": generator.standard_normal((num_steps, 3), dtype=np.float32),
+    }
+    return {"latent": latent, "caption": np.array([0.3, 0.1, -0.2], np.float32)}, schedule
+
+
+def opened(tmp_path: Path, device: str) -> tuple[inductor.InductorBackend, LoopEngine, dict, dict]:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    backend = inductor.InductorBackend(device)
+    engine = backend.load(tmp_path, *written_engine(tmp_path))
+    assert isinstance(engine, LoopEngine)
+    memory = backend.memory
+    inputs = {spec.name: memory.allocate(spec) for spec in INPUTS}
+    outputs = {spec.name: memory.allocate(spec) for spec in OUTPUTS}
+    return backend, engine, inputs, outputs
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("noise", [False, True], ids=["multistep", "fresh-noise"])
+def test_a_whole_loop_equals_its_steps(tmp_path: Path, prompts: list[int], device: str, noise: bool) -> None:
+    backend, engine, inputs, outputs = opened(tmp_path, device)
+    fixed, schedule = feeds(4)
+    if noise:
+        schedule["previous_x0"] = np.random.default_rng(4).standard_normal((4, 1, 6), dtype=np.float32)
+    for name, array in fixed.items():
+        backend.memory.upload(array, inputs[name])
+    for index in range(4):
+        for name, rows in schedule.items():
+            backend.memory.upload(rows[index].reshape(inputs[name].spec.shape), inputs[name])
+        engine.execute(inputs, outputs)
+        backend.memory.copy(outputs["next_latent"], inputs["latent"])
+        if not noise:
+            backend.memory.copy(outputs["x0"], inputs["previous_x0"])
+    expected = {name: tensor.numpy() for name, tensor in outputs.items()}
+
+    prompts.clear()
+    backend.memory.upload(fixed["latent"], inputs["latent"])
+    backend.memory.upload(np.zeros((1, 6), np.float32), inputs["previous_x0"])
+    uploaded = {name: backend.memory.tensor(rows, TensorSpec(name, F32, rows.shape)) for name, rows in schedule.items()}
+    engine.execute_loop(inputs, outputs, uploaded, 4)
+    for name, tensor in outputs.items():
+        np.testing.assert_array_equal(tensor.numpy(), expected[name])
+        assert np.abs(expected[name]).min() > 0
+    # Once on the CPU; on a GPU once per warm-up and once for the capture.
+    assert len(prompts) == (1 if device == "cpu" else inductor._WARM_UPS + 1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_second_loop_reads_new_inputs(tmp_path: Path, prompts: list[int], device: str) -> None:
+    backend, engine, inputs, outputs = opened(tmp_path, device)
+    fixed, schedule = feeds(3)
+    uploaded = {name: backend.memory.tensor(rows, TensorSpec(name, F32, rows.shape)) for name, rows in schedule.items()}
+    found = []
+    for factor in (1.0, -0.5, 1.0):
+        for name, array in fixed.items():
+            backend.memory.upload((array * factor).astype(np.float32), inputs[name])
+        engine.execute_loop(inputs, outputs, uploaded, 3)
+        found.append(outputs["next_latent"].numpy())
+    np.testing.assert_array_equal(found[0], found[2])
+    assert np.abs(found[0] - found[1]).max() > 0.01
+
+
+def test_a_loop_checks_its_tensors(tmp_path: Path, prompts: list[int]) -> None:
+    _, engine, inputs, outputs = opened(tmp_path, "cpu")
+    with pytest.raises(InputError, match="wrong input tensors"):
+        engine.execute_loop({"latent": inputs["latent"]}, outputs, {}, 1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int64", "uint8"])
+def test_memory_holds_what_was_uploaded(dtype: str) -> None:
+    memory = inductor.TorchMemory("cpu")
+    host = inductor.host_dtype(dtype)
+    content = np.arange(1, 13).astype(host).reshape(3, 4)
+    tensor = memory.tensor(content, TensorSpec("t", dtype, (3, 4)))
+    np.testing.assert_array_equal(tensor.numpy(), content)
+    other = memory.allocate(TensorSpec("o", dtype, (6,)))
+    memory.copy(tensor, other, count=4, source_start=5, target_start=1)
+    np.testing.assert_array_equal(other.numpy(), np.array([0, 6, 7, 8, 9, 0], host))
+    with pytest.raises(ValueError, match="leaves"):
+        memory.copy(tensor, other, count=7)
+
+
+def test_a_copy_on_the_host_does_not_change_the_tensor() -> None:
+    memory = inductor.TorchMemory("cpu")
+    tensor = memory.tensor(np.ones(3, np.float32), TensorSpec("t", F32, (3,)))
+    copy = tensor.numpy()
+    copy[:] = 7
+    np.testing.assert_array_equal(tensor.numpy(), np.ones(3, np.float32))
+
+
+def test_damaged_files_are_refused(tmp_path: Path, prompts: list[int]) -> None:
+    backend = inductor.InductorBackend("cpu")
+    component, entry = written_engine(tmp_path, version=99)
+    with pytest.raises(BundleError, match="format 99"):
+        backend.load(tmp_path, component, entry)
+    written_engine(tmp_path)
+    (tmp_path / "weights.safetensors").write_bytes(b"no weights")
+    with pytest.raises(BundleError, match=r"weights\.safetensors cannot be loaded"):
+        backend.load(tmp_path, component, entry)
+    (tmp_path / inductor.PROGRAM_NAME).write_bytes(b"{")
+    with pytest.raises(BundleError, match=r"inductor\.json cannot be loaded"):
+        backend.load(tmp_path, component, entry)
+
+
+def test_a_file_that_is_no_package_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "block.pt2").write_bytes(b"no package")
+    with pytest.raises(BundleError, match=r"block\.pt2 cannot be loaded"):
+        inductor.load_piece(tmp_path / "block.pt2")
+
+
+def manifest_for(device: str, version: str) -> Any:
+    """A toy manifest of the target, compiled for a device with a torch."""
+    manifest = toy_manifest(targets=("inductor",))
+    engine = EngineEntry("inductor", ("inductor.json",), "AOTInductor", version, device=device)
+    components = tuple(msgspec.structs.replace(c, engines=(engine,)) for c in manifest.components)
+    return msgspec.structs.replace(manifest, components=components)
+
+
+def test_the_target_runs_where_it_was_compiled() -> None:
+    (verdict,) = examine_targets(manifest_for(inductor.cpu_device(), torch.__version__))
+    assert verdict.usable, verdict.reason
+    assert torch.__version__ in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("device", "version", "reason"),
+    [
+        ("cpu x86_64 AVX512", "0.1", "compiled with torch 0.1"),
+        ("cpu vax none", torch.__version__, "compiled for cpu vax none, this is"),
+        ("cuda sm_10", torch.__version__, "compiled for cuda sm_10, this is"),
+    ],
+)
+def test_the_target_is_refused_elsewhere(device: str, version: str, reason: str) -> None:
+    manifest = manifest_for(device, version)
+    (verdict,) = examine_targets(manifest)
+    assert not verdict.usable
+    assert reason in verdict.reason
+    with pytest.raises(TargetError, match="cannot run on this machine"):
+        choose_target(manifest, "inductor")
+
+
+def test_without_torch_the_reason_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find(name))
+    (verdict,) = examine_targets(manifest_for("cuda sm_90", "2.11"))
+    assert verdict.reason == "torch is not installed: it takes torch 2.11"
+
+
+def test_a_broken_torch_is_a_target_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> Any:
+        raise OSError("libcudart.so.13: cannot open shared object file")
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    with pytest.raises(TargetError, match="needs PyTorch"):
+        inductor.torch_module()
+    assert "libcudart" in str(inductor.inductor_problem("cpu x86_64 AVX512", "2.11"))
+
+
+def test_a_manifest_keeps_the_device(tmp_path: Path) -> None:
+    manifest = manifest_for("cuda sm_90", "2.11").sealed()
+    (tmp_path / "manifest.json").write_bytes(manifest.to_json())
+    from sana_runtime.manifest import read_manifest
+
+    assert read_manifest(tmp_path).components[0].engines[0].device == "cuda sm_90"
+    # Entries without a device are written as before there were any.
+    assert b"device" not in toy_manifest().to_json()
+
+
+def test_one_engine_at_a_time(bundle: Path) -> None:
+    from tests.runtime.toys import RecordingBackend
+
+    class Counting(RecordingBackend):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loads: list[str] = []
+
+        def load(self, bundle: Path, component: ComponentEntry, entry: EngineEntry) -> Any:
+            self.loads.append(component.name)
+            return super().load(bundle, component, entry)
+
+    backend = Counting()
+    pipeline = Pipeline(bundle, toy_manifest(), "onnxruntime", backend, print, one_at_a_time=True)
+    assert backend.loads == []
+    pipeline.generate("fox", num_steps=2)
+    assert backend.loads == ["text_encoder", "transformer", "vae_decoder"]
+    assert list(pipeline._engines) == ["vae_decoder"]
+    assert pipeline.latent_shape == LATENT_SHAPE
