@@ -9,7 +9,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test test-gpu lint format demo install clean
+.PHONY: test test-gpu lint format demo bench install clean
 
 # Two workers of one thread each: the same cores, without one test's threads waiting for another's.
 test: $(INSTALLED)
@@ -31,6 +31,12 @@ format: $(INSTALLED)
 
 demo: $(INSTALLED)
 	$(PYTHON) scripts/demo.py
+
+# What is missing of the benchmark's matrix, then the README's tables. In pieces: make bench MINUTES=9, again and again.
+MINUTES ?= 0
+bench: $(INSTALLED)
+	$(PYTHON) benchmarks/end_to_end.py --minutes $(MINUTES); code=$$?; \
+	$(PYTHON) scripts/render_results.py && exit $$code
 
 install: $(INSTALLED)
 

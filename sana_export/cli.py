@@ -3,7 +3,7 @@
 import typer
 
 from sana_export import __version__
-from sana_export.commands import bench, build, compare, doctor, inspect, sensitivity
+from sana_export.commands import bench, build, compare, doctor, estimate, inspect, sensitivity
 from sana_runtime.console import CommandGroup
 
 
@@ -25,6 +25,7 @@ app = typer.Typer(
 app.command("build")(build.run)
 app.command("compare")(compare.run)
 app.command("bench")(bench.run)
+app.command("estimate")(estimate.run)
 app.command("sensitivity")(sensitivity.run)
 app.command("inspect")(inspect.run)
 app.command("doctor")(doctor.run)

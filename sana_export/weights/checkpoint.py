@@ -4,6 +4,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 from sana_export.weights import key_map
@@ -27,6 +28,9 @@ from sana_runtime.errors import CheckpointError
 # The `--variant` that means: the files without a variant in their names.
 DEFAULT_VARIANT = "default"
 RANDOM_PREFIX = "random:"
+# The trained model that this package holds. A folder of that name is "./nano".
+SHIPPED_MODEL = "nano"
+SHIPPED_SIDE = 512
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 OnBytes = Callable[[int], None]
@@ -121,7 +125,7 @@ def open_checkpoint(model: str, *, variant: str | None = None, base: str | None 
     """Open `model` and check it completely, reading headers only.
 
     `model`: a diffusers directory, an official `.pth` file, a Hugging Face id ("org/name", or
-    "org/name@revision"), or a named random model ("random:tiny").
+    "org/name@revision"), "nano" (the small trained model that is shipped), or a named random model ("random:tiny").
     `variant`: the file variant where a folder holds several; "default" means the files without one.
     `base`: where a `.pth`, which holds a transformer only, takes the other components from.
     Raises `CheckpointError`.
@@ -146,11 +150,26 @@ def _open_complete(model: str, variant: str | None, components: tuple[UpstreamCo
         return RandomCheckpoint(model)
     from sana_export.weights.diffusers_directory import open_directory
 
+    if model == SHIPPED_MODEL:
+        return open_directory(shipped_directory(), model, variant, components)
     if not Path(model).exists() and _HUB_ID.fullmatch(model):
         from sana_export.weights.hub import download
 
         return open_directory(download(model, variant, components), model, variant, components)
     return open_directory(Path(model), _normalised(model), variant, components)
+
+
+def shipped_directory() -> Path:
+    """The diffusers directory of `SHIPPED_MODEL`, package data. Raises `CheckpointError` if it is not installed."""
+    folder = Path(str(files("sana_export"))) / "models" / SHIPPED_MODEL
+    if not (folder / "model_index.json").is_file():
+        raise CheckpointError(
+            f"the model {SHIPPED_MODEL!r} is not part of this installation",
+            received=f"no {folder}",
+            expected="the directory that a release of sana-export holds",
+            action="install a release, train it with python -m scripts.train_nano, or build random:tiny",
+        )
+    return folder
 
 
 def _no_base(model: str) -> CheckpointError:

@@ -167,7 +167,7 @@ def _model_index(folder: Path, source: str) -> dict[str, Any]:
 
 def _no_model_index(folder: Path, source: str) -> CheckpointError:
     names = _names(folder)
-    action = "give a diffusers directory, an official .pth file, a Hugging Face id, or random:tiny"
+    action = "give a diffusers directory, an official .pth file, a Hugging Face id, nano, or random:tiny"
     if any("svdq" in name.lower() for name in (*names, source)):
         return _not_supported(source, "a 4-bit (SVDQuant) checkpoint")
     if (folder / "checkpoints").is_dir() or any(name.endswith(".pth") for name in names):
