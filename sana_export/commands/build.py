@@ -22,8 +22,8 @@ def run(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A diffusers directory, an official .pth file, a Hugging Face id, nano (small and trained, part of "
-            "this package), or random weights: random:tiny, random:0.6b, random:1.6b, ...",
+            help="A diffusers directory, an official .pth file, a Hugging Face id, nano (the small model that "
+            "scripts/train_nano trains), or random weights: random:tiny, random:0.6b, random:1.6b, ...",
         ),
     ],
     output: Annotated[Path, typer.Option(metavar="DIR", help="The bundle to write.")],

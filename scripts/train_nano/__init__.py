@@ -1,0 +1,1 @@
+"""Training of `nano`, the small Sana that is shipped."""

@@ -1,0 +1,254 @@
+"""The trained model as files: a diffusers directory with its card, and checkpoints small enough to be carried."""
+
+import io
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sana_export.weights.checkpoint import Checkpoint, open_checkpoint
+from sana_export.weights.write import write_diffusers_directory
+from sana_runtime.errors import InputError
+from sana_runtime.files import whole_file
+from scripts.train_nano.models import (
+    Autoencoder,
+    TrainedCheckpoint,
+    TrainedModel,
+    build_text_encoder,
+    build_transformer,
+    parameter_counts,
+)
+from scripts.train_nano.sizes import Size
+
+_PART_BYTES = 15 << 20
+_PART = "part"
+# The stage that starts with a stage's weights and keeps its own.
+GOES_ON = {"autoencoder-small": "autoencoder-large", "diffusion-small": "diffusion-large"}
+START_WEIGHTS = "start.pt"
+
+
+def export_directory(size: Size, model: TrainedModel, folder: Path, card: str) -> Checkpoint:
+    """Write bf16 weights as a diffusers directory with README.md, and open it again, which checks it."""
+    write_diffusers_directory(TrainedCheckpoint(size, model), folder, torch.bfloat16)
+    with whole_file(folder / "README.md") as temporary:
+        temporary.write_text(card, encoding="utf-8")
+    return open_checkpoint(str(folder))
+
+
+def load_directory(size: Size, folder: Path, device: torch.device) -> TrainedModel:
+    """The shipped weights in fp32 modules, in evaluation."""
+    checkpoint = open_checkpoint(str(folder))
+    autoencoder = Autoencoder(checkpoint.vae_config)
+    model = TrainedModel(
+        build_text_encoder(checkpoint.text_encoder_config),
+        build_transformer(checkpoint.transformer_config),
+        autoencoder,
+        checkpoint.tokenizer_json(),
+        checkpoint.vae_config["scaling_factor"],
+    )
+    for component in ("text_encoder", "transformer", "vae_decoder", "vae_encoder"):
+        tensors = checkpoint.weights(component)  # type: ignore[arg-type]
+        state = {name: tensor.load().float() for name, tensor in tensors.items()}
+        module = model.reference(component).to(device).eval()  # type: ignore[arg-type]
+        module.load_state_dict(state)
+        module.requires_grad_(False)
+    return model
+
+
+def model_card(size: Size, checkpoint: Checkpoint, record: Mapping[str, Any]) -> str:
+    """README.md of the model, from the record of its run."""
+    counts = parameter_counts(checkpoint)
+    stages = "\n".join(
+        f"| {name} | {row['minutes']:.1f} | {row['steps']} | {row['pictures']} | {row['loss']:.4g} |"
+        for name, row in record["stages"].items()
+    )
+    test = record.get("evaluation", {}).get("test", {})
+    scores = "\n".join(f"| {name} | {100 * value:.1f} % |" for name, value in test.items()) or "| not evaluated | |"
+    guidance = record.get("evaluation", {}).get("guidance", 4.5)
+    return f"""---
+license: apache-2.0
+pipeline_tag: text-to-image
+library_name: diffusers
+---
+# sana-{size.name}
+
+Sana's architecture in small: DC-AE f32c32, a Gemma-2 text encoder, a Linear DiT with Mix-FFN. It paints one to four
+plain shapes on a background, as asked in a sentence, at {size.sides[1]} px. Every weight was trained from scratch on
+synthetic pictures by `python -m scripts.train_nano`; nothing is derived from released weights.
+
+    SanaPipeline.from_pretrained(FOLDER)("a red circle left of a blue square on a green background").images[0]
+
+| component | parameters |
+|---|---|
+| text encoder (Gemma-2) | {counts["text_encoder"]:,} |
+| transformer | {counts["transformer"]:,} |
+| autoencoder, encoder and decoder | {counts["vae"]:,} |
+
+## Data
+
+`sana_export.scenes`: procedural pictures of ten shapes in twelve colours, three sizes and four textures, with true
+captions in English, Chinese and with emoji. {record.get("scenes", 0):,} training scenes with four captions each. The
+combinations in test prompts are not in the training scenes.
+
+## Training
+
+On {record.get("device", "an unnamed device")}. Flow matching with logit-normal noise levels (shift 3); a caption is
+picked by softmax over its similarity to the picture, which a small contrastive model gives; {size.sides[0]} px, then
+{size.sides[1]} px. Averaged weights, stored as bf16.
+
+| stage | minutes | steps | pictures | last loss |
+|---|---|---|---|---|
+{stages}
+
+Autoencoder on test scenes: {record.get("psnr_db", float("nan")):.2f} dB PSNR at {size.sides[1]} px (bf16 weights, fp32
+arithmetic).
+
+## Scores
+
+{record.get("evaluation", {}).get("prompts", 0)} test prompts, fp32, Flow-DPM-Solver, 20 steps, guidance {guidance}.
+A prompt is right if everything it says can be read off the picture.
+
+| | right |
+|---|---|
+{scores}
+
+## Limits
+
+It knows the words of its captions and nothing else: ten shapes, twelve colours, four textures, nine positions, four
+relations, up to four objects. Other words are ignored or misread. 512 px is the only size it was finished on.
+"""
+
+
+def pack_directory(folder: Path, archive: Path) -> None:
+    """One tar file of a directory's files, without times and owners: the same files give the same bytes."""
+    with whole_file(archive) as temporary, tarfile.open(temporary, "w") as tar:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                content = path.read_bytes()
+                entry = tarfile.TarInfo(path.relative_to(folder).as_posix())
+                entry.size, entry.mode = len(content), 0o644
+                tar.addfile(entry, io.BytesIO(content))
+
+
+# --- Checkpoints in parts ---
+
+
+def pack_checkpoints(work: Path, stages: Sequence[str], folder: Path) -> list[Path]:
+    """Every stage's checkpoint in files of 15 MiB or less.
+
+    Averaged weights stay fp32 while a stage is running and become bf16, as shipped, when it is finished. Of a running
+    stage, the weights are kept as bf16 differences to the average, second moments as bf16; first moments start anew.
+    """
+    states = {name: _load(work / f"{name}.pt") for name in stages if (work / f"{name}.pt").exists()}
+    content = {
+        name: {**state, "ema": {}} if GOES_ON.get(name) in states else _reduced(state) for name, state in states.items()
+    }
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    whole, paths = buffer.getvalue(), []
+    for index, start in enumerate(range(0, len(whole), _PART_BYTES)):
+        path = folder / f"checkpoint.{index}.{_PART}"
+        with whole_file(path) as temporary:
+            temporary.write_bytes(whole[start : start + _PART_BYTES])
+        paths.append(path)
+    return paths
+
+
+def unpack_checkpoints(folder: Path, work: Path) -> list[str]:
+    """Undo `pack_checkpoints`: write the stages' checkpoints to `work`, unless they are there. Returns their names."""
+    parts = sorted(folder.glob(f"checkpoint.*.{_PART}"), key=lambda path: int(path.name.split(".")[1]))
+    if not parts:
+        raise InputError(
+            f"{folder} has no packed checkpoint",
+            received="no file checkpoint.*.part",
+            expected="the files that --pack-checkpoint wrote",
+            action="copy them back into one folder",
+        )
+    whole = io.BytesIO(b"".join(path.read_bytes() for path in parts))
+    content = torch.load(whole, map_location="cpu", weights_only=True)
+    for name, state in content.items():
+        if not (work / f"{name}.pt").exists():
+            with whole_file(work / f"{name}.pt") as temporary:
+                torch.save(_restored(state), temporary)
+    return list(content)
+
+
+def adopt(folder: Path, work: Path, stages: Sequence[str]) -> list[str]:
+    """Copy what another training has finished to `work`, unless it is there: checkpoints of finished stages (stage.pt,
+    weights in any precision), tokenizer.json, record.json, and start.pt, weights that the first diffusion stage
+    starts from, under the names of its checkpoint. Returns the names of the files that `folder` has.
+    """
+    names = [*(f"{stage}.pt" for stage in stages), "tokenizer.json", "record.json", START_WEIGHTS]
+    found = [name for name in names if (folder / name).exists()]
+    if not any(name.endswith(".pt") for name in found):
+        raise InputError(
+            f"{folder} has nothing to start from",
+            received="none of its files",
+            expected=", ".join(names),
+            action="name the folder of finished stages",
+        )
+    for name in found:
+        if not (work / name).exists():
+            with whole_file(work / name) as temporary:
+                temporary.write_bytes((folder / name).read_bytes())
+    return found
+
+
+def load_weights(path: Path, modules: Mapping[str, nn.Module]) -> None:
+    """Weights "module.parameter" of a file of tensors: of each module all, or none where the file has none of it."""
+    found: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    for key, module in modules.items():
+        if not any(name.startswith(f"{key}.") for name in found):
+            continue
+        state = {name: found.get(f"{key}.{name}") for name, _ in module.named_parameters()}
+        wrong = [
+            name
+            for name, parameter in module.named_parameters()
+            if not isinstance(state[name], torch.Tensor) or state[name].shape != parameter.shape  # type: ignore[union-attr]
+        ]
+        if wrong:
+            raise InputError(
+                f"{path.name} does not fit the {key}",
+                received=f"{wrong[0]} missing or of another shape, and {len(wrong) - 1} more",
+                expected=f"every parameter of the {key}",
+                action="pass weights of the same --size",
+            )
+        for name, parameter in module.named_parameters():
+            parameter.data.copy_(state[name])  # type: ignore[arg-type]
+
+
+def _load(path: Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
+
+
+def _reduced(state: dict[str, Any]) -> dict[str, Any]:
+    if state["finished"]:
+        return {**state, "ema": {name: tensor.bfloat16() for name, tensor in state["ema"].items()}}
+    ema = state["ema"]
+    differences = {name: (tensor - ema[name]).bfloat16() for name, tensor in state["weights"].items()}
+    kept = {"step": torch.float32, "exp_avg_sq": torch.bfloat16, "momentum": torch.bfloat16}
+    moments = {
+        name: {key: tensor.to(kept[key]) for key, tensor in found.items() if key in kept}
+        for name, found in state["optimizer"].items()
+        if found
+    }
+    return {**state, "weights": differences, "optimizer": moments}
+
+
+def _restored(state: dict[str, Any]) -> dict[str, Any]:
+    ema = {name: tensor.float() for name, tensor in state["ema"].items()}
+    if state["finished"]:
+        return {**state, "ema": ema}
+    weights = {name: ema[name] + tensor.float() for name, tensor in state["weights"].items()}
+    moments = {name: _restored_moments(found, ema[name]) for name, found in state["optimizer"].items()}
+    return {**state, "ema": ema, "weights": weights, "optimizer": moments}
+
+
+def _restored_moments(found: dict[str, torch.Tensor], like: torch.Tensor) -> dict[str, torch.Tensor]:
+    """AdamW's with a first moment of 0, or Muon's momentum, as they are."""
+    restored = {key: tensor.float() for key, tensor in found.items()}
+    return {**restored, "exp_avg": torch.zeros_like(like)} if "exp_avg_sq" in found else restored
