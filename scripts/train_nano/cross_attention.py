@@ -10,6 +10,7 @@ what costs time otherwise are the copies that bring heads into order and the fp3
 from typing import Any, Literal
 
 import torch
+from torch import library
 from torch.nn import functional as F
 
 from sana_export.reference.transformer import CrossAttention, TransformerConfig
@@ -129,7 +130,7 @@ def _shapes(query: torch.Tensor, packed: torch.Tensor, heads: int) -> tuple[int,
     return query.shape[0] * heads, {"CHANNELS": query.shape[2], "HEAD": head_dim, "TOKENS": _TOKENS, "ROWS": rows}
 
 
-@torch.library.custom_op("train_nano::cross_attention", mutates_args=())
+@library.custom_op("train_nano::cross_attention", mutates_args=())
 def cross_attention(query: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor, heads: int) -> torch.Tensor:
     """`cross_attention_reference` by the kernels: `query` and `packed` of one dtype, a power of 2 per head."""
     query, packed, bias = query.contiguous(), packed.contiguous(), bias.contiguous()
@@ -148,7 +149,7 @@ def _(query: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor, heads: int)
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("train_nano::cross_attention_backward", mutates_args=())
+@library.custom_op("train_nano::cross_attention_backward", mutates_args=())
 def cross_attention_backward(
     grad: torch.Tensor, query: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor, heads: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ On a CPU, or with `impl="reference"`, everything is PyTorch's convolution.
 from typing import Any, Literal
 
 import torch
+from torch import library
 from torch.nn import functional as F
 
 from sana_export.reference.dc_ae import AutoencoderMixFFN
@@ -196,7 +197,7 @@ def _triton_backward(
     return x_grad, sums[:9].t().contiguous().view(weight.shape), sums[9].clone()
 
 
-@torch.library.custom_op("train_nano::depthwise_gate", mutates_args=())
+@library.custom_op("train_nano::depthwise_gate", mutates_args=())
 def depthwise_gate(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """`depthwise_gate_reference` by the kernels: x contiguous; weight and bias contiguous fp32."""
     return _triton_forward(x.contiguous(), weight.contiguous(), bias.contiguous(), height, width)
@@ -207,7 +208,7 @@ def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, height: int, wi
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
-@torch.library.custom_op("train_nano::depthwise_gate_backward", mutates_args=())
+@library.custom_op("train_nano::depthwise_gate_backward", mutates_args=())
 def depthwise_gate_backward(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, height: int, width: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -115,7 +115,7 @@ TINY = Size(
     ),
     sides=(64, 128),
     vocabulary=1024,
-    caption_rows=32,
+    caption_rows=40,
     scenes=256,
     contrastive_channels=32,
     batches=Batches(autoencoder=(8, 4), contrastive=32, diffusion=(32, 16), encode=32, sample=8),

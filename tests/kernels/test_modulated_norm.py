@@ -3,11 +3,11 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch import library
 
 from sana_kernels.mix_ffn_depthwise.testing import compile_ahead
 from sana_kernels.modulated_norm import channel_rms_norm, modulated_norm, residual_modulated_norm
@@ -55,15 +55,6 @@ for case in rms:
     assert len(testing.verify_rms(case, "cpu", "triton")) == 4 + case.residual
 print(len(floats) + len(codes) + len(rms))
 """
-
-
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """Fill what PyTorch allocates with NaN: an output that is not written shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("case", ON_CPU, ids=str)
@@ -118,14 +109,14 @@ def test_op_is_well_formed(folded: bool, out_dtype: torch.dtype | None) -> None:
     inputs = make_inputs(Case(2, 5, 6, torch.float32, branch=folded, gate=folded), "cpu")
     tensors = [None if t is None else t.detach().requires_grad_(out_dtype is None) for t in inputs.tensors]
     scale = None if out_dtype is None else torch.tensor(0.1)
-    torch.library.opcheck(torch.ops.sana.modulated_norm.default, (*tensors, scale, 1e-6, out_dtype))
+    library.opcheck(torch.ops.sana.modulated_norm.default, (*tensors, scale, 1e-6, out_dtype))
 
 
 @pytest.mark.parametrize("activation", ["none", "silu", "relu"])
 def test_rms_op_is_well_formed(activation: str) -> None:
     x, residual = (torch.randn(3, 4, requires_grad=True) for _ in range(2))
     weight, bias = (torch.randn(4, requires_grad=True) for _ in range(2))
-    torch.library.opcheck(torch.ops.sana.channel_rms_norm.default, (x, weight, bias, residual, activation, 1e-5))
+    library.opcheck(torch.ops.sana.channel_rms_norm.default, (x, weight, bias, residual, activation, 1e-5))
 
 
 def test_with_codes_only_the_updated_residual_has_a_gradient() -> None:

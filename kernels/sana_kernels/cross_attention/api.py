@@ -8,6 +8,7 @@ AOTInductor.
 from typing import Literal
 
 import torch
+from torch import library
 
 from sana_kernels.cross_attention.autograd import gradients, setup_context
 from sana_kernels.cross_attention.reference import cross_attention_reference
@@ -27,7 +28,7 @@ Impl = Literal["reference", "triton"]
 MASKED = -10000.0
 
 
-@torch.library.custom_op("sana::cross_attention", mutates_args=())
+@library.custom_op("sana::cross_attention", mutates_args=())
 def _cross_attention(
     query: torch.Tensor,
     key_value: torch.Tensor,

@@ -1,12 +1,13 @@
 """`torch.ops.sana.cross_attention_triton`: the op whose launch torch.compile and AOTInductor see."""
 
 import torch
+from torch import library
 
 from sana_kernels.cross_attention import triton as kernels
 from sana_kernels.cross_attention.autograd import gradients, setup_context
 
 
-@torch.library.triton_op("sana::cross_attention_triton", mutates_args=())
+@library.triton_op("sana::cross_attention_triton", mutates_args=())
 def cross_attention_triton(
     query: torch.Tensor,
     key_value: torch.Tensor,

@@ -9,6 +9,7 @@ import functools
 from typing import Literal
 
 import torch
+from torch import library
 
 from sana_kernels.linear_attention.autograd import gradients, setup_context
 from sana_kernels.linear_attention.reference import (
@@ -28,7 +29,7 @@ else:
 Impl = Literal["reference", "triton"]
 
 
-@torch.library.custom_op("sana::linear_attention", mutates_args=())
+@library.custom_op("sana::linear_attention", mutates_args=())
 def _linear_attention(
     qkv: torch.Tensor,
     norm_q_weight: torch.Tensor | None,
@@ -65,7 +66,7 @@ def _(
     return qkv.new_empty((*qkv.shape[:-1], qkv.shape[-1] // 3))
 
 
-@torch.library.custom_op("sana::linear_attention_backward", mutates_args=())
+@library.custom_op("sana::linear_attention_backward", mutates_args=())
 def _linear_attention_backward(
     grad: torch.Tensor,
     qkv: torch.Tensor,

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import library
 
 HEAD_DIMS = (16, 32, 64)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -607,4 +608,4 @@ class _Call:
 
 def _launcher(kernel: Any) -> Any:
     """The kernel as torch.compile and AOTInductor can see it; Triton's interpreter takes it as it is."""
-    return kernel if ON_CPU else torch.library.wrap_triton(kernel)
+    return kernel if ON_CPU else library.wrap_triton(kernel)

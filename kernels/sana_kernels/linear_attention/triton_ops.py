@@ -3,12 +3,13 @@
 import functools
 
 import torch
+from torch import library
 
 from sana_kernels.linear_attention import triton as kernels
 from sana_kernels.linear_attention.autograd import gradients, setup_context
 
 
-@torch.library.triton_op("sana::linear_attention_triton", mutates_args=())
+@library.triton_op("sana::linear_attention_triton", mutates_args=())
 def linear_attention_triton(
     qkv: torch.Tensor,
     norm_q_weight: torch.Tensor | None,
@@ -21,7 +22,7 @@ def linear_attention_triton(
     return kernels.forward(qkv, norm_q_weight, norm_k_weight, head_dim, eps, norm_eps)
 
 
-@torch.library.triton_op("sana::linear_attention_backward_triton", mutates_args=())
+@library.triton_op("sana::linear_attention_backward_triton", mutates_args=())
 def linear_attention_backward_triton(
     grad: torch.Tensor,
     qkv: torch.Tensor,

@@ -8,6 +8,7 @@ and AOTInductor.
 from typing import Literal
 
 import torch
+from torch import library
 
 from sana_kernels.mix_ffn_depthwise.autograd import gradients, setup_context
 from sana_kernels.mix_ffn_depthwise.quantization import check_quantization
@@ -25,7 +26,7 @@ else:
 Impl = Literal["reference", "triton"]
 
 
-@torch.library.custom_op("sana::mix_ffn_depthwise", mutates_args=())
+@library.custom_op("sana::mix_ffn_depthwise", mutates_args=())
 def _mix_ffn_depthwise(
     x: torch.Tensor,
     weight: torch.Tensor,

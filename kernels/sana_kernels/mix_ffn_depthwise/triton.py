@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import library
 
 from sana_kernels.linear_attention.triton import INTERPRETED, ON_CPU, UnsupportedByTriton
 
@@ -349,4 +350,4 @@ def forward(
 
 def launcher(kernel: Any) -> Any:
     """The kernel as torch.compile and AOTInductor can see it; Triton's interpreter takes it as it is."""
-    return kernel if ON_CPU else torch.library.wrap_triton(kernel)
+    return kernel if ON_CPU else library.wrap_triton(kernel)

@@ -1,12 +1,13 @@
 """`torch.ops.sana.mix_ffn_depthwise_triton`: the op whose launch torch.compile and AOTInductor see."""
 
 import torch
+from torch import library
 
 from sana_kernels.mix_ffn_depthwise import triton as kernels
 from sana_kernels.mix_ffn_depthwise.autograd import gradients, setup_context
 
 
-@torch.library.triton_op("sana::mix_ffn_depthwise_triton", mutates_args=())
+@library.triton_op("sana::mix_ffn_depthwise_triton", mutates_args=())
 def mix_ffn_depthwise_triton(
     x: torch.Tensor,
     weight: torch.Tensor,

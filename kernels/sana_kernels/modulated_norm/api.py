@@ -8,6 +8,7 @@ open to torch.compile and AOTInductor.
 from typing import Any, Literal
 
 import torch
+from torch import library
 
 from sana_kernels.mix_ffn_depthwise.quantization import check_quantization
 from sana_kernels.modulated_norm import autograd
@@ -30,7 +31,7 @@ else:
 Impl = Literal["reference", "triton"]
 
 
-@torch.library.custom_op("sana::modulated_norm", mutates_args=())
+@library.custom_op("sana::modulated_norm", mutates_args=())
 def _modulated_norm(
     x: torch.Tensor,
     shift: torch.Tensor,
@@ -74,7 +75,7 @@ def _(
     return out, x.new_empty(0) if branch is None else x.new_empty(x.shape)
 
 
-@torch.library.custom_op("sana::channel_rms_norm", mutates_args=())
+@library.custom_op("sana::channel_rms_norm", mutates_args=())
 def _channel_rms_norm(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -1,12 +1,13 @@
 """`torch.ops.sana.modulated_norm_triton` and `channel_rms_norm_triton`: launches that torch.compile sees."""
 
 import torch
+from torch import library
 
 from sana_kernels.modulated_norm import autograd
 from sana_kernels.modulated_norm import triton as kernels
 
 
-@torch.library.triton_op("sana::modulated_norm_triton", mutates_args=())
+@library.triton_op("sana::modulated_norm_triton", mutates_args=())
 def modulated_norm_triton(
     x: torch.Tensor,
     shift: torch.Tensor,
@@ -21,7 +22,7 @@ def modulated_norm_triton(
     return kernels.modulated_norm_forward(x, shift, scale, branch, gate, out_scale, eps, out_dtype)
 
 
-@torch.library.triton_op("sana::channel_rms_norm_triton", mutates_args=())
+@library.triton_op("sana::channel_rms_norm_triton", mutates_args=())
 def channel_rms_norm_triton(
     x: torch.Tensor,
     weight: torch.Tensor,
