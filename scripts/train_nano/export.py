@@ -2,14 +2,19 @@
 
 import io
 import tarfile
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from sana_export.weights.checkpoint import Checkpoint, open_checkpoint
+from sana_export.scenes.captions import captions
+from sana_export.scenes.prompts import prompts
+from sana_export.scenes.scene import sample_scene
+from sana_export.weights.checkpoint import CALIBRATION_PROMPTS, Checkpoint, open_checkpoint
 from sana_export.weights.write import write_diffusers_directory
 from sana_runtime.errors import InputError
 from sana_runtime.files import whole_file
@@ -28,14 +33,47 @@ _PART = "part"
 # The stage that starts with a stage's weights and keeps its own.
 GOES_ON = {"autoencoder-small": "autoencoder-large", "diffusion-small": "diffusion-large"}
 START_WEIGHTS = "start.pt"
+_ENGLISH_PROMPTS = 64
 
 
 def export_directory(size: Size, model: TrainedModel, folder: Path, card: str) -> Checkpoint:
-    """Write bf16 weights as a diffusers directory with README.md, and open it again, which checks it."""
+    """Write bf16 weights as a diffusers directory with README.md and calibration prompts, and open it again, which
+    checks it.
+    """
     write_diffusers_directory(TrainedCheckpoint(size, model), folder, torch.bfloat16)
     with whole_file(folder / "README.md") as temporary:
         temporary.write_text(card, encoding="utf-8")
+    with whole_file(folder / CALIBRATION_PROMPTS) as temporary:
+        temporary.write_text(calibration_prompts(), encoding="utf-8")
     return open_checkpoint(str(folder))
+
+
+def calibration_prompts() -> str:
+    """The content of the model's list of prompts for calibration, always the same.
+
+    In each five lines, four are English prompts of the training split, all kinds in turn, and the third is a caption of
+    a training scene, in Chinese and with emoji by turns: few prompts from the beginning show the model all it reads.
+    """
+    lines = ["# Prompts to calibrate this model with: python -m scripts.train_nano wrote them with the weights."]
+    others = _captions_without_words()
+    for index, prompt in enumerate(prompts("train", _ENGLISH_PROMPTS)):
+        if index % 4 == 2:
+            lines.append(next(others))
+        lines.append(prompt.text)
+    return "\n".join(lines) + "\n"
+
+
+def _captions_without_words() -> Iterator[str]:
+    """Different captions of training scenes, by turns in Chinese and with emoji."""
+    told: set[str] = set()
+    for seed in count():
+        # Letter other: ideographs. Symbol other: emoji.
+        wanted = ("Lo", "So")[len(told) % 2]
+        for caption in captions(sample_scene(seed, "train"), seed):
+            if caption not in told and wanted in {unicodedata.category(letter) for letter in caption}:
+                told.add(caption)
+                yield caption
+                break
 
 
 def load_directory(size: Size, folder: Path, device: torch.device) -> TrainedModel:

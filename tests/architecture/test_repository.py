@@ -10,6 +10,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # Absolute paths of somebody's machine. `\w` after them: a pattern such as this one does not match itself.
 MACHINE_PATH = re.compile(rb"(?<![\w.~-])(?:/(?:work|root|home|Users)/\w|[A-Z]:\\Users\\)")
 LARGEST_BYTES = 512 << 10
+# Its weights have a bound of their own: tests/export/test_shipped_model.py.
+SHIPPED_MODEL = ROOT / "sana_export" / "models"
 
 
 def tracked_files() -> list[Path]:
@@ -30,5 +32,6 @@ def test_no_file_names_a_machine_path() -> None:
 
 
 def test_no_large_file_is_tracked() -> None:
-    large = [path.relative_to(ROOT) for path in tracked_files() if path.stat().st_size > LARGEST_BYTES]
+    others = [path for path in tracked_files() if SHIPPED_MODEL not in path.parents]
+    large = [path.relative_to(ROOT) for path in others if path.stat().st_size > LARGEST_BYTES]
     assert large == []

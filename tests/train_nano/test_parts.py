@@ -4,6 +4,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,12 @@ import torch
 from tokenizers import Tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sana_calibration.prompts import load_prompts
 from sana_export.reference.text_encoder import TextEncoder
 from sana_export.scenes.prompts import prompts
 from sana_export.weights import key_map
 from sana_export.weights.architecture import REFERENCES_OF, layout
+from sana_export.weights.checkpoint import CALIBRATION_PROMPTS, shipped_directory
 from sana_runtime.tokenizer import clean_prompt
 from scripts.train_nano import captions, data, models
 from scripts.train_nano.autoencoder import Latents, autoencoder_step, random_pieces
@@ -28,6 +31,7 @@ from scripts.train_nano.diffusion import (
     shifted_sigmas,
     trained_captions,
 )
+from scripts.train_nano.export import calibration_prompts
 from scripts.train_nano.layout import LayoutHead
 from scripts.train_nano.layout import layout as scene_layout
 from scripts.train_nano.sizes import NANO, SIZES, TINY, Size
@@ -290,3 +294,18 @@ def test_steps_copy_nothing_between_devices(monkeypatch: pytest.MonkeyPatch, tmp
     with CopyWatch() as watch:
         torch.zeros(2).to(device)
     assert len(watch.found) == 1
+
+
+def test_calibration_prompts_speak_all_that_the_model_reads(tmp_path: Path) -> None:
+    """64 English prompts of the training split, all kinds in turn; Chinese and emoji from the first few on."""
+    path = tmp_path / "prompts.txt"
+    path.write_text(calibration_prompts(), encoding="utf-8")
+    found = load_prompts(path)
+    english = [prompt for index, prompt in enumerate(found) if index % 5 != 2]
+    others = [prompt for index, prompt in enumerate(found) if index % 5 == 2]
+    assert english == [prompt.text for prompt in prompts("train", 64)]
+    assert len(found) == len({*found}) == 80
+    assert not {*found} & {prompt.text for prompt in prompts("test", 100)}
+    for index, prompt in enumerate(others):
+        assert ("Lo", "So")[index % 2] in map(unicodedata.category, prompt), prompt
+    assert (shipped_directory() / CALIBRATION_PROMPTS).read_text(encoding="utf-8") == calibration_prompts()

@@ -15,7 +15,7 @@ from diffusers import SanaPipeline
 
 from sana_export.build import build
 from sana_export.build_request import BuildRequest
-from sana_export.weights.checkpoint import open_checkpoint
+from sana_export.weights.checkpoint import CALIBRATION_PROMPTS, open_checkpoint
 from sana_runtime import Pipeline
 from sana_runtime.errors import CheckpointError, InputError
 from scripts.train_nano import data, models
@@ -24,6 +24,7 @@ from scripts.train_nano.captions import CaptionEncoder
 from scripts.train_nano.diffusion import diffusion_step, trained_captions
 from scripts.train_nano.export import (
     adopt,
+    calibration_prompts,
     load_directory,
     load_weights,
     pack_checkpoints,
@@ -101,6 +102,7 @@ def test_run_writes_a_loadable_directory_with_its_card(finished: Run, tmp_path: 
     checkpoint = open_checkpoint(str(folder))
     assert checkpoint.architecture == "custom 2x64"
     assert checkpoint.transformer_config["interpolation_scale"] == 1.0
+    assert (folder / CALIBRATION_PROMPTS).read_text(encoding="utf-8") == calibration_prompts()
     card = (folder / "README.md").read_text()
     assert "nan dB" not in card
     assert "| nan" not in card
