@@ -11,7 +11,7 @@ from sana_export.build_request import BuildRequest
 from sana_export.bundle import open_staging
 from sana_export.components import ComponentPlan, plan_components
 from sana_export.prompting import scheduler_entry
-from sana_export.quantize import base_precision, prepare, recipe_of
+from sana_export.quantize import base_precision, calibration_prompts, prepare, recipe_of
 from sana_export.stages import EXPORTER_PACKAGES, TENSORRT_TARGETS, Reporter, Stages
 from sana_export.weights.checkpoint import open_checkpoint
 from sana_runtime.contract import DTYPE_OF_PRECISION, PrecisionName, TargetName
@@ -47,7 +47,8 @@ def build(request: BuildRequest, reporter: Reporter) -> Manifest:
         plans = tuple(plan for plan in plans if plan.name in request.components)
         _check_space(stages, plans)
         if recipe:
-            stages.quantized = prepare(recipe, request, plans)
+            prompts = calibration_prompts(checkpoint, request.calibration.prompts, reporter.note)
+            stages.quantized = prepare(recipe, request, plans, prompts)
             stages.calibration()
         if request.plugin and libraries:
             stages.plugins(plans)

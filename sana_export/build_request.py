@@ -23,8 +23,9 @@ _MAX_SIDE = 4096
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """How activations are observed: prompts (None: the shipped list), how many of them, solver steps, seed, and the
-    longest side in pixels of the pictures that are painted for it. `cache` is a finished calibration to use instead.
+    """How activations are observed: prompts (None: the model's own, else the shipped list), how many of them, solver
+    steps, seed, and the longest side in pixels of the pictures that are painted for it. `cache` is a finished
+    calibration to use instead.
     """
 
     prompts: Path | None = None

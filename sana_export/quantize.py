@@ -70,15 +70,32 @@ def base_precision(recipe: Recipe) -> PrecisionName:
     return _PRECISION_OF_DTYPE[recipe.base_dtype]
 
 
-def prepare(recipe: Recipe, request: BuildRequest, plans: tuple[ComponentPlan, ...]) -> QuantizedBuild:
-    """Resolve the recipe on the components to build. Raises `InputError` for a recipe that does not fit them."""
-    prompts = load_prompts(request.calibration.prompts)[: request.calibration.num_prompts]
+def calibration_prompts(checkpoint: Checkpoint, wanted: Path | None, on_note: Callable[[str], None]) -> tuple[str, ...]:
+    """The prompts of the file `wanted`; without one those that come with the model, which is said, or the shipped list.
+
+    A model that knows few words shows the activations of its own pictures on prompts it understands only. Raises
+    `InputError` for a file without prompts.
+    """
+    own = checkpoint.calibration_prompts() if wanted is None else None
+    if own is not None:
+        on_note(f"calibration prompts: the model's own, {own.name}")
+    return load_prompts(wanted or own)
+
+
+def prepare(
+    recipe: Recipe, request: BuildRequest, plans: tuple[ComponentPlan, ...], prompts: tuple[str, ...]
+) -> QuantizedBuild:
+    """Resolve the recipe on the components to build, to be calibrated with the first of `prompts`.
+
+    Raises `InputError` for a recipe that does not fit the components.
+    """
     exclusions: dict[ComponentName, Mapping[str, str]] = {}
     for plan in plans:
         with parameters_on_meta():
             layers = layers_of(plan.make(), plan.prefix)
         exclusions[plan.name] = exclusions_of(recipe, plan.name, layers)
-    return QuantizedBuild(recipe, tuple(prompts), {plan.name: rules_of(recipe, plan) for plan in plans}, exclusions)
+    painted = prompts[: request.calibration.num_prompts]
+    return QuantizedBuild(recipe, painted, {plan.name: rules_of(recipe, plan) for plan in plans}, exclusions)
 
 
 def run_calibration(
@@ -130,19 +147,32 @@ def run_gate(
 
 def gate_entry(gate: Gate, results: tuple[LadderResult, ...], num_steps: int) -> GateEntry:
     """The worst figures over all prompts, and whether they pass. Infinite figures (equal pictures) become 999 dB."""
-    sqnr = min(result.min_velocity_sqnr_db for result in results)
+    sqnr = min(result.min_x0_sqnr_db for result in results)
     psnr = min(result.picture.psnr_db for result in results)
     similarity = min(result.ssim for result in results)
-    passed = sqnr >= gate.min_velocity_sqnr_db and psnr >= gate.min_psnr_db and similarity >= gate.min_ssim
+    passed = sqnr >= gate.min_x0_sqnr_db and psnr >= gate.min_psnr_db and similarity >= gate.min_ssim
     return GateEntry(
         passed=passed,
-        velocity_sqnr_db=round(_finite(sqnr), 2),
+        x0_sqnr_db=round(_finite(sqnr), 2),
         psnr_db=round(_finite(psnr), 2),
         ssim=round(similarity, 4),
         **asdict(gate),
         prompts=len(results),
         num_steps=num_steps,
     )
+
+
+def gate_file(entry: GateEntry, results: tuple[LadderResult, ...]) -> bytes:
+    """The JSON file of the verdict and what it comes from: SQNR in dB of x0 and velocity at every step."""
+    steps = [
+        {
+            "prompt": result.prompt,
+            "x0_sqnr_db": [round(_finite(row.sqnr_db), 2) for row in result.x0],
+            "velocity_sqnr_db": [round(_finite(row.sqnr_db), 2) for row in result.velocity],
+        }
+        for result in results
+    ]
+    return msgspec.json.format(msgspec.json.encode({"gate": entry, "steps": steps}), indent=2) + b"\n"
 
 
 def component_report(

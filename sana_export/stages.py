@@ -34,6 +34,7 @@ from sana_export.quantize import (
     alpha_summary,
     calibration_size,
     component_report,
+    gate_file,
     run_calibration,
     run_gate,
 )
@@ -218,9 +219,7 @@ class Stages:
                 lambda text: self.reporter.stage_progress(stage, 0.0, text),
             )
             shutil.rmtree(work)
-            rows = [{"prompt": r.prompt, "steps": [row.sqnr_db for row in r.steps]} for r in results]
-            content = {"gate": entry, "velocity_sqnr_db": rows}
-            _written(path, msgspec.json.format(msgspec.json.encode(content), indent=2))
+            _written(path, gate_file(entry, results))
             return [path], {"passed": str(entry.passed)}
 
         scales = self.scales.digest if self.scales else "none"
@@ -246,7 +245,7 @@ class Stages:
             recipe_digest=recipe.digest,
             calibration_file="quantization/calibration.safetensors" if self.scales else None,
             calibration_digest=self.scales.digest if self.scales else None,
-            min_velocity_sqnr_db=recipe.gate.min_velocity_sqnr_db,
+            min_x0_sqnr_db=recipe.gate.min_x0_sqnr_db,
             min_psnr_db=recipe.gate.min_psnr_db,
             min_ssim=recipe.gate.min_ssim,
             gate=gate,

@@ -65,7 +65,7 @@ class _ExclusionRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _GateRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    min_velocity_sqnr_db: float
+    min_x0_sqnr_db: float
     min_psnr_db: float
     min_ssim: float
 
@@ -108,7 +108,7 @@ def recipe_yaml(recipe: Recipe) -> str:
         "name": recipe.name,
         "base_dtype": recipe.base_dtype,
         "gate": {
-            "min_velocity_sqnr_db": recipe.gate.min_velocity_sqnr_db,
+            "min_x0_sqnr_db": recipe.gate.min_x0_sqnr_db,
             "min_psnr_db": recipe.gate.min_psnr_db,
             "min_ssim": recipe.gate.min_ssim,
         },

@@ -119,10 +119,12 @@ class Exclusion:
 class Gate:
     """What a quantised model must keep, against the unquantised one on the same seed.
 
-    `min_velocity_sqnr_db` at every step on equal inputs; PSNR in dB and SSIM (0..1) of the picture.
+    `min_x0_sqnr_db` at every step on equal inputs; PSNR in dB and SSIM (0..1) of the picture. x0 is what the solver
+    takes from the model. The velocity, (latent - x0) / sigma, has x0's error times 1 / sigma, which grows towards the
+    end while the picture stays right.
     """
 
-    min_velocity_sqnr_db: float
+    min_x0_sqnr_db: float
     min_psnr_db: float
     min_ssim: float
 

@@ -31,8 +31,8 @@ def _quantization(entry: QuantizationEntry) -> str:
     if gate is None:
         return f"quantised by recipe {entry.recipe}; its gate was not run"
     return (
-        f"quantised by recipe {entry.recipe}; gate {'passed' if gate.passed else 'MISSED'}: velocity SQNR "
-        f"{gate.velocity_sqnr_db:.1f} dB, PSNR {gate.psnr_db:.1f} dB, SSIM {gate.ssim:.3f} over {gate.prompts} prompts"
+        f"quantised by recipe {entry.recipe}; gate {'passed' if gate.passed else 'MISSED'}: x0 SQNR "
+        f"{gate.x0_sqnr_db:.1f} dB, PSNR {gate.psnr_db:.1f} dB, SSIM {gate.ssim:.3f} over {gate.prompts} prompts"
     )
 
 

@@ -14,7 +14,7 @@ from sana_runtime.contract import ComponentName, GuidanceKind, TargetName, Tenso
 from sana_runtime.errors import BundleError
 from sana_runtime.files import sha256_file
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 _MAX_MANIFEST_BYTES = 16 << 20
 
@@ -92,10 +92,10 @@ class GateEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The quality gate: worst figures over its prompts, against the unquantised model, and the recipe's thresholds."""
 
     passed: bool
-    velocity_sqnr_db: float
+    x0_sqnr_db: float
     psnr_db: float
     ssim: float
-    min_velocity_sqnr_db: float
+    min_x0_sqnr_db: float
     min_psnr_db: float
     min_ssim: float
     prompts: int
@@ -112,7 +112,7 @@ class QuantizationEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     recipe_digest: str
     calibration_file: str | None
     calibration_digest: str | None
-    min_velocity_sqnr_db: float
+    min_x0_sqnr_db: float
     min_psnr_db: float
     min_ssim: float
     gate: GateEntry | None

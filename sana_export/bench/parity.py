@@ -125,8 +125,8 @@ def _verdict(manifest: Manifest, result: LadderResult, checkpoint: Checkpoint) -
         rows = ", ".join(f"{row.stage} {row.relative_rms:.1e}" for row in result.components)
         return f"relative RMS within the rounding of the dtype: {rows}"
     return (
-        f"{'passed' if gate.passed else 'missed'}: velocity SQNR {gate.velocity_sqnr_db:.1f} dB (at least "
-        f"{gate.min_velocity_sqnr_db:g}), PSNR {gate.psnr_db:.1f} dB (at least {gate.min_psnr_db:g}), SSIM "
+        f"{'passed' if gate.passed else 'missed'}: x0 SQNR {gate.x0_sqnr_db:.1f} dB (at least "
+        f"{gate.min_x0_sqnr_db:g}), PSNR {gate.psnr_db:.1f} dB (at least {gate.min_psnr_db:g}), SSIM "
         f"{gate.ssim:.3f} (at least {gate.min_ssim:g}), {_STEPS} steps"
     )
 

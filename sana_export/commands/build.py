@@ -64,7 +64,11 @@ def run(
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Prompts to calibrate with, one per line. Default: shipped ones."),
+        typer.Option(
+            metavar="FILE",
+            help="Prompts to calibrate with, one per line. Default: calibration_prompts.txt of the model's directory, "
+            "else shipped ones.",
+        ),
     ] = None,
     calibration_prompts: Annotated[int, typer.Option(metavar="N", help="How many of the prompts are painted.")] = 4,
     calibration_steps: Annotated[int, typer.Option(metavar="N", help="Solver steps per prompt.")] = 8,
@@ -146,8 +150,8 @@ def _report_gate(console: Console, manifest: "Manifest") -> None:
     gate = manifest.quantization.gate if manifest.quantization else None
     if gate is not None:
         console.print(
-            f"gate {'passed' if gate.passed else 'MISSED'}: velocity SQNR {gate.velocity_sqnr_db:.1f} dB (at least "
-            f"{gate.min_velocity_sqnr_db:g}), PSNR {gate.psnr_db:.1f} dB (at least {gate.min_psnr_db:g}), "
+            f"gate {'passed' if gate.passed else 'MISSED'}: x0 SQNR {gate.x0_sqnr_db:.1f} dB (at least "
+            f"{gate.min_x0_sqnr_db:g}), PSNR {gate.psnr_db:.1f} dB (at least {gate.min_psnr_db:g}), "
             f"SSIM {gate.ssim:.3f} (at least {gate.min_ssim:g}) over {gate.prompts} prompts, {gate.num_steps} steps",
             soft_wrap=True,
         )

@@ -179,8 +179,8 @@ def _quality_table(report: "QualityReport", title: str) -> Table:
 
 def _report_gate(console: Console, verdict: "GateEntry", gate: bool) -> None:
     console.print(
-        f"gate {'passed' if verdict.passed else 'MISSED'}: velocity SQNR {verdict.velocity_sqnr_db:.1f} dB at the "
-        f"worst step (at least {verdict.min_velocity_sqnr_db:g}), picture PSNR {verdict.psnr_db:.1f} dB (at least "
+        f"gate {'passed' if verdict.passed else 'MISSED'}: x0 SQNR {verdict.x0_sqnr_db:.1f} dB at the "
+        f"worst step (at least {verdict.min_x0_sqnr_db:g}), picture PSNR {verdict.psnr_db:.1f} dB (at least "
         f"{verdict.min_psnr_db:g}), SSIM {verdict.ssim:.3f} (at least {verdict.min_ssim:g})",
         soft_wrap=True,
     )
@@ -190,7 +190,7 @@ def _report_gate(console: Console, verdict: "GateEntry", gate: bool) -> None:
 
 def _table(result: "LadderResult", title: str) -> Table:
     table = Table("stage", "max abs", "rel. RMS", "SQNR dB", "cosine", "PSNR dB", title=title)
-    groups = (result.components, result.steps, result.drift, (result.picture,))
+    groups = (result.components, result.x0, result.velocity, result.drift, (result.picture,))
     for rows in groups:
         for row in rows:
             table.add_row(
@@ -215,7 +215,8 @@ def _json(result: "LadderResult", pipeline: "Pipeline", verdict: "GateEntry | No
         "device": pipeline.backend.description,
         "prompt": result.prompt,
         "components": [_finite(row) for row in result.components],
-        "steps": [_finite(row) for row in result.steps],
+        "x0": [_finite(row) for row in result.x0],
+        "velocity": [_finite(row) for row in result.velocity],
         "drift": [_finite(row) for row in result.drift],
         "picture": {**_finite(result.picture), "ssim": result.ssim},
         "gate": verdict,

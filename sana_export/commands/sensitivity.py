@@ -31,7 +31,7 @@ def run(
     by_layer: Annotated[
         bool, typer.Option("--by-layer", help="Rank single layers, not a layer's place in the block over all blocks.")
     ] = False,
-    prompts: Annotated[int, typer.Option(metavar="N", min=1, help="How many of the shipped prompts are painted.")] = 1,
+    prompts: Annotated[int, typer.Option(metavar="N", min=1, help="How many of the prompts are painted.")] = 1,
     num_steps: Annotated[int, typer.Option(metavar="N", min=1, help="Solver steps per prompt.")] = 4,
     checkpoint: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Default: the checkpoint the bundle was built from.")
@@ -42,12 +42,12 @@ def run(
     """Rank which of the transformer's layers a quantised bundle's recipe hurts most, and propose exclusions.
 
     One group at a time is quantised with the bundle's calibration, in PyTorch, on real denoising steps at the bundle's
-    size. Build again with the written recipe: --recipe FILE.
+    size, with the model's calibration prompts or the shipped ones. Build again with the written recipe: --recipe FILE.
     """
     from tempfile import TemporaryDirectory
 
-    from sana_calibration.prompts import load_prompts
     from sana_calibration.recipe import load_recipe
+    from sana_export.quantize import calibration_prompts
     from sana_export.sensitivity_run import measure_sensitivity
     from sana_export.weights.checkpoint import open_checkpoint
     from sana_runtime.errors import InputError
@@ -65,12 +65,13 @@ def run(
     recipe = load_recipe(bundle / manifest.quantization.recipe_file)
     scales = _scales(bundle, manifest.quantization, source, recipe)
     console = Console(highlight=False)
+    painted = calibration_prompts(source, None, console.print)[:prompts]
     with console.status("measuring") as status, TemporaryDirectory() as folder:
         report = measure_sensitivity(
             source,
             recipe,
             scales,
-            load_prompts(None)[:prompts],
+            painted,
             seed=0,
             num_steps=num_steps,
             height=manifest.height,

@@ -51,5 +51,5 @@ def judged_gate(manifest: Manifest, result: LadderResult) -> GateEntry | None:
     entry = manifest.quantization
     if entry is None:
         return None
-    gate = Gate(entry.min_velocity_sqnr_db, entry.min_psnr_db, entry.min_ssim)
-    return gate_entry(gate, (result,), len(result.steps))
+    gate = Gate(entry.min_x0_sqnr_db, entry.min_psnr_db, entry.min_ssim)
+    return gate_entry(gate, (result,), len(result.x0))

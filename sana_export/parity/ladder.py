@@ -27,6 +27,7 @@ from sana_runtime.pipeline import Pipeline, Step
 
 OnProgress = Callable[[str], None]
 _OUTPUTS = ("next_latent", "x0", "velocity")
+Steps = dict[str, tuple[Parity, ...]]
 
 
 @dataclass(frozen=True)
@@ -40,23 +41,26 @@ class Recording:
 
 @dataclass(frozen=True)
 class LadderResult:
-    """One prompt. `components`: equal inputs, one call each, the transformer at its worst step. `steps`: the velocity
-    at every step on equal inputs. `drift`: the latent at every step, each side on its own. `picture`: end to end, and
-    its `ssim`. `images`: candidate and reference, [H, W, 3] uint8.
+    """One prompt. `components`: equal inputs, one call each, of the transformer x0 at its worst step (an error of
+    velocity is one of x0 over sigma, so it grows towards the end whatever computes it). `x0` and `velocity`: at every
+    step on equal inputs. `drift`: the latent at every step, each side on its own. `picture`: end to end, and its
+    `ssim`. `images`: candidate and reference, [H, W, 3] uint8. `guidance_scale`: 1 where no two halves are combined.
     """
 
     prompt: str
+    guidance_scale: float
     components: tuple[Parity, ...]
-    steps: tuple[Parity, ...]
+    x0: tuple[Parity, ...]
+    velocity: tuple[Parity, ...]
     drift: tuple[Parity, ...]
     picture: Parity
     ssim: float
     images: tuple[Array, Array]
 
     @property
-    def min_velocity_sqnr_db(self) -> float:
-        """Signal to error ratio of the velocity at the worst step, equal inputs."""
-        return min(row.sqnr_db for row in self.steps)
+    def min_x0_sqnr_db(self) -> float:
+        """Signal to error ratio of x0 at the worst step, equal inputs."""
+        return min(row.sqnr_db for row in self.x0)
 
 
 class Candidate(Protocol):
@@ -100,21 +104,23 @@ def _result(
     index: int,
     recording: Recording,
     captions: Arrays,
-    steps: tuple[Parity, ...],
+    steps: Steps,
     drift: tuple[Parity, ...],
     final: Array,
 ) -> LadderResult:
     last = recording.steps[-1][1]["next_latent"]
     components = (
         _caption_parity(captions, recording.captions),
-        replace(max(steps, key=lambda row: row.relative_rms), stage="transformer"),
+        replace(max(steps["x0"], key=lambda row: row.relative_rms), stage="transformer"),
         measure("vae_decoder", "image", candidate.decode(last), recording.picture),
     )
     picture = candidate.decode(torch.from_numpy(final))
     return LadderResult(
         run.prompts[index],
+        1.0 if run.embedded else run.guidance_scale,
         components,
-        steps,
+        steps["x0"],
+        steps["velocity"],
         drift,
         measure("picture", "image", picture, recording.picture),
         ssim(picture, recording.picture),
@@ -128,12 +134,14 @@ def _caption_parity(candidate: Arrays, reference: Arrays) -> Parity:
     return measure("text_encoder", "caption_embeds", candidate["embeds"][valid], reference["embeds"][valid])
 
 
-def _steps(candidate: Candidate, recording: Recording) -> tuple[Parity, ...]:
-    rows = []
+def _steps(candidate: Candidate, recording: Recording) -> Steps:
+    rows: dict[str, list[Parity]] = {"x0": [], "velocity": []}
     for index, (feed, outputs) in enumerate(recording.steps):
-        velocity = candidate.step(**feed)[_OUTPUTS.index("velocity")]
-        rows.append(measure(f"velocity, step {index + 1}", "velocity", velocity.numpy(), outputs["velocity"].numpy()))
-    return tuple(rows)
+        found = dict(zip(_OUTPUTS, candidate.step(**feed), strict=True))
+        for name, measured in rows.items():
+            stage = f"{name}, step {index + 1}"
+            measured.append(measure(stage, name, found[name].numpy(), outputs[name].numpy()))
+    return {name: tuple(measured) for name, measured in rows.items()}
 
 
 def _drift(latents: list[Array], recording: Recording) -> tuple[Parity, ...]:
@@ -290,8 +298,10 @@ def check_components(results: tuple[LadderResult, ...], manifest: Manifest, chec
         "vae_decoder": sum(checkpoint.vae_config["decoder_layers_per_block"]),
     }
     for result in results:
+        guided = tolerance.guidance_amplification(result.guidance_scale)
         for row, name in zip(result.components, COMPONENTS, strict=True):
-            tolerance.check(row, manifest.component(name).dtype, blocks[name])
+            amplification = guided if name == "transformer" else 1.0
+            tolerance.check(row, manifest.component(name).dtype, blocks[name], amplification)
 
 
 def check_same_weights(manifest: Manifest, checkpoint: Checkpoint) -> None:

@@ -27,9 +27,16 @@ def relative_rms_bound(dtype: str, blocks: int, *, image: bool = False) -> float
     return bound + (_LEVEL if image else 0.0)
 
 
-def check(row: Parity, dtype: str, blocks: int) -> None:
-    """Raise `ParityError` if a component is beyond its bound."""
-    bound = relative_rms_bound(dtype, blocks, image=row.tensor == "image")
+def guidance_amplification(scale: float) -> float:
+    """How much larger the error of the guided x0 is than each half's: u + g (c - u) takes 1 - g of one and g of the
+    other, whose roundings are independent. 1 where there is no guidance.
+    """
+    return max(1.0, math.hypot(scale, scale - 1))
+
+
+def check(row: Parity, dtype: str, blocks: int, amplification: float = 1.0) -> None:
+    """Raise `ParityError` if a component is beyond its bound times `amplification`."""
+    bound = amplification * relative_rms_bound(dtype, blocks, image=row.tensor == "image")
     if not row.relative_rms <= bound:
         raise ParityError(
             f"{row.stage}: the engine does not compute what PyTorch computes",

@@ -31,6 +31,8 @@ RANDOM_PREFIX = "random:"
 # The trained model that this package holds. A folder of that name is "./nano".
 SHIPPED_MODEL = "nano"
 SHIPPED_SIDE = 512
+# Beside model_index.json, where a model has prompts of its own to be calibrated with.
+CALIBRATION_PROMPTS = "calibration_prompts.txt"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 OnBytes = Callable[[int], None]
@@ -115,6 +117,10 @@ class Checkpoint(ABC):
 
         Reads every byte the first time; `on_bytes` is told the size of each chunk.
         """
+
+    def calibration_prompts(self) -> Path | None:
+        """The model's own prompts to calibrate it with, one per line; None where it has none."""
+        return None
 
     @abstractmethod
     def tokenizer_json(self) -> bytes:

@@ -16,7 +16,7 @@ from sana_export.weights.architecture import (
     ReferenceComponent,
     UpstreamComponent,
 )
-from sana_export.weights.checkpoint import DEFAULT_VARIANT, Checkpoint, Configs, OnBytes
+from sana_export.weights.checkpoint import CALIBRATION_PROMPTS, DEFAULT_VARIANT, Checkpoint, Configs, OnBytes
 from sana_export.weights.lazy import LazyTensor, most_common_dtype
 from sana_export.weights.provenance import needs_attention_clip
 from sana_export.weights.safetensors_file import open_safetensors
@@ -125,6 +125,11 @@ class DirectoryCheckpoint(Checkpoint):
         upstream = UPSTREAM_OF[component]
         config = self.folder / upstream / "config.json"
         return content_digest([config, *self._components[upstream].files], on_bytes)
+
+    def calibration_prompts(self) -> Path | None:
+        """calibration_prompts.txt, if the directory holds one."""
+        path = self.folder / CALIBRATION_PROMPTS
+        return path if path.is_file() else None
 
     def tokenizer_json(self) -> bytes:
         """tokenizer/tokenizer.json, checked to be readable. Raises `CheckpointError`."""

@@ -58,6 +58,10 @@ class OfficialCheckpoint(Checkpoint):
         config = msgspec.json.encode(self.transformer_config, order="sorted")
         return hashlib.sha256(config + content_digest([self.path], on_bytes).encode()).hexdigest()
 
+    def calibration_prompts(self) -> Path | None:
+        """The base's prompts."""
+        return self.base.calibration_prompts()
+
     def tokenizer_json(self) -> bytes:
         """The base's tokenizer."""
         return self.base.tokenizer_json()

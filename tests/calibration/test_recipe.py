@@ -38,7 +38,7 @@ GEMMS = {
 SMALL = """
 name: mine
 base_dtype: float32
-gate: {min_velocity_sqnr_db: 20, min_psnr_db: 30, min_ssim: 0.9}
+gate: {min_x0_sqnr_db: 20, min_psnr_db: 30, min_ssim: 0.9}
 rules:
   - component: transformer
     layers: [a]

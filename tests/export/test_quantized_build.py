@@ -1,25 +1,32 @@
 """Quantised builds end to end: reuse, the gate, and wrong use."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from sana_calibration.prompts import load_prompts
 from sana_calibration.recipe import load_recipe, recipe_yaml
-from sana_calibration.rules import Exclusion
+from sana_calibration.rules import Exclusion, Gate
 from sana_export.build import build
 from sana_export.build_request import BuildRequest, CalibrationSettings
 from sana_export.bundle import read_build_record
 from sana_export.cli import app
 from sana_export.parity.judge import judge, judged_gate
-from sana_export.weights.checkpoint import open_checkpoint
+from sana_export.parity.ladder import LadderResult
+from sana_export.parity.metrics import Parity
+from sana_export.quantize import gate_entry
+from sana_export.weights.checkpoint import CALIBRATION_PROMPTS, open_checkpoint
 from sana_runtime.errors import InputError, SanaError, TargetError
 from sana_runtime.manifest import Manifest, read_manifest, verify_files
 from sana_runtime.pipeline import Pipeline
+from sana_runtime.scheduler import step_table
 from tests.export.conftest import Recorder
 
 SETTINGS = CalibrationSettings(num_prompts=2, num_steps=2, side=64)
@@ -79,13 +86,52 @@ def test_the_engines_are_as_far_from_the_picture_as_the_gate_said(fp8: BuildRequ
     verdict = judged_gate(pipeline.manifest, result)
     assert verdict is not None
     assert verdict.passed, verdict
-    assert result.min_velocity_sqnr_db < 60, "nothing was quantised"
+    assert result.min_x0_sqnr_db < 60, "nothing was quantised"
+    # x0 = latent - sigma velocity, on equal latents.
+    sigmas = step_table(pipeline.manifest.scheduler, 2).sigmas[:2]
+    for x0, velocity, sigma in zip(result.x0, result.velocity, sigmas, strict=True):
+        assert x0.max_abs == pytest.approx(sigma * velocity.max_abs, rel=1e-3), x0.stage
 
 
-def test_other_thresholds_judge_again_and_can_fail(fp8: BuildRequest, tmp_path: Path) -> None:
+def test_the_gate_file_has_x0_and_velocity_of_every_step(fp8: BuildRequest) -> None:
+    content = json.loads((fp8.output / "quantization" / "gate.json").read_text())
+    rows = content["steps"]
+    assert [row["prompt"] for row in rows] == list(load_prompts()[:2])
+    assert min(min(row["x0_sqnr_db"]) for row in rows) == content["gate"]["x0_sqnr_db"]
+    assert [len(row["velocity_sqnr_db"]) for row in rows] == [2, 2]
+
+
+def at(tensor: str, sqnr_db: float) -> Parity:
+    return Parity(tensor, tensor, 0.1, 10 ** (-sqnr_db / 20), 1.0, sqnr_db, (0,))
+
+
+@pytest.mark.parametrize(
+    ("x0_db", "velocity_db", "picture_db", "similarity", "passed"),
+    [
+        ((30, 20), (30, 0), 40, 0.99, True),
+        ((30, 19), (30, 30), 40, 0.99, False),
+        ((30, 20), (30, 30), 24, 0.99, False),
+        ((30, 20), (30, 30), 40, 0.89, False),
+    ],
+    ids=["velocity is not asked", "x0", "PSNR", "SSIM"],
+)
+def test_the_gate_asks_for_x0_at_the_worst_step_and_for_the_picture(
+    x0_db: tuple[float, ...], velocity_db: tuple[float, ...], picture_db: float, similarity: float, passed: bool
+) -> None:
+    picture = np.zeros((2, 2, 3), np.uint8)
+    x0, velocity = (tuple(at(name, db) for db in values) for name, values in (("x0", x0_db), ("velocity", velocity_db)))
+    result = LadderResult("a cat", 4.5, (), x0, velocity, (), at("image", picture_db), similarity, (picture, picture))
+    perfect = replace(result, x0=(at("x0", math.inf),), picture=at("image", math.inf), ssim=1.0)
+    entry = gate_entry(Gate(20, 25, 0.9), (perfect, result), 2)
+    assert entry.passed is passed
+    assert (entry.x0_sqnr_db, entry.psnr_db) == (min(x0_db), picture_db)
+
+
+@pytest.mark.parametrize("threshold", ["min_x0_sqnr_db", "min_psnr_db"])
+def test_other_thresholds_judge_again_and_can_fail(fp8: BuildRequest, tmp_path: Path, threshold: str) -> None:
     recipe = load_recipe("fp8")
     file = tmp_path / "own.yaml"
-    file.write_text(recipe_yaml(replace(recipe, gate=replace(recipe.gate, min_psnr_db=1000.0))))
+    file.write_text(recipe_yaml(replace(recipe, gate=replace(recipe.gate, **{threshold: 1000.0}))))
     manifest, recorder = rebuilt(replace(fp8, recipe=file))
     assert set(recorder.built) == {"gate", "recipe"}
     assert manifest.quantization is not None
@@ -151,6 +197,40 @@ def test_a_calibration_of_the_same_model_is_taken(fp8: BuildRequest, tmp_path: P
     assert entry.gate is None
 
 
+def test_prompts_of_the_model_are_calibrated_with(fp8: BuildRequest, tmp_path: Path) -> None:
+    own = with_prompts(fp8, tmp_path, "# mine\na red circle\n两个蓝色圆形\n")
+    first = read_manifest(fp8.output).quantization
+    manifest, recorder = rebuilt(own)
+    assert any("the model's own, calibration_prompts.txt" in note for note in recorder.notes)
+    assert {"prompts" in recorder.built[stage] for stage in ("calibration", "gate")} == {True}
+    assert manifest.quantization is not None
+    assert first is not None
+    assert manifest.quantization.calibration_digest != first.calibration_digest
+    judged = json.loads((own.output / "quantization" / "gate.json").read_text())["steps"]
+    assert [row["prompt"] for row in judged] == ["a red circle", "两个蓝色圆形"]
+    named = replace(own, model=fp8.model, calibration=replace(SETTINGS, prompts=Path(own.model, CALIBRATION_PROMPTS)))
+    _, recorder = rebuilt(named)
+    assert recorder.built == {}, "the same prompts, given by name"
+    assert not any("the model's own" in note for note in recorder.notes)
+
+
+def test_named_prompts_win_over_those_of_the_model(fp8: BuildRequest, tmp_path: Path) -> None:
+    own = with_prompts(fp8, tmp_path, "# nothing\n")
+    with pytest.raises(InputError, match=r"calibration_prompts\.txt holds no prompts"):
+        build(own, Recorder())
+    shipped = tmp_path / "shipped.txt"
+    shipped.write_text("\n".join(load_prompts()), encoding="utf-8")
+    _, recorder = rebuilt(replace(own, calibration=replace(SETTINGS, prompts=shipped)))
+    assert recorder.built == {}
+
+
+def with_prompts(wanted: BuildRequest, folder: Path, prompts: str) -> BuildRequest:
+    """The same request for a copy of its model that has prompts of its own."""
+    shutil.copytree(wanted.model, folder / "model")
+    (folder / "model" / CALIBRATION_PROMPTS).write_text(prompts, encoding="utf-8")
+    return replace(wanted, model=str(folder / "model"))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -175,9 +255,11 @@ def test_wrong_settings() -> None:
 
 def test_sensitivity_proposes_a_recipe_that_builds_on(fp8: BuildRequest, tmp_path: Path) -> None:
     written = tmp_path / "gentler.yaml"
+    model = with_prompts(fp8, tmp_path, "a red circle\n").model
     arguments = ["sensitivity", str(fp8.output), "--max-drop", "4", "--write-recipe", str(written), "--num-steps", "2"]
-    done = CliRunner().invoke(app, arguments)
+    done = CliRunner().invoke(app, [*arguments, "--checkpoint", model])
     assert done.exit_code == 0, done.output
+    assert "calibration prompts: the model's own" in done.output
     assert "blocks.*.mix_ffn.conv_inverted" in done.output
     more = set(load_recipe(written).exclusions) - set(load_recipe("fp8").exclusions)
     assert more, "tiny fp8 is further than 4 dB below bf16"
