@@ -7,7 +7,7 @@ from random import Random
 from typing import Final
 
 from sana_export.scenes import english
-from sana_export.scenes.content import Content, Facts, Mention, content_of, facts_of
+from sana_export.scenes.content import Content, Facts, Mention, Named, content_of, facts_of
 from sana_export.scenes.scene import Pair, Scene, sample_scene
 from sana_export.scenes.vocabulary import HELD_OUT, OPPOSITE, Split
 from sana_runtime.errors import InputError
@@ -124,3 +124,10 @@ _SUITS: Final[dict[str, Callable[[Facts], bool]]] = {
     "groups": lambda facts: len(facts.groups) == 2 and not _is_pair(facts),
     "mixed": lambda facts: len(facts.groups) > 2,
 }
+
+
+_DEMO: Final = Content(
+    (Named(1, None, None, "red", "circle"), Named(1, None, None, "blue", "square")), "left of", "green", None
+)
+DEMO_PROMPT: Final = Prompt(english.sentence(_DEMO, english.words), "relation", _expectation(_DEMO))
+"""What `make demo` paints: "a red circle left of a blue square on a green background"."""

@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 Pixels = npt.NDArray[np.uint8]
 
-_TEXT_LINES: Final = 3
+# The text is as high as the longest one needs, up to this.
+_MOST_LINES: Final = 6
 _FONT_PX: Final = 13
 _LINE_PX: Final = 16
 _FRAME_PX: Final = 4
@@ -31,7 +32,9 @@ class SheetEntry:
 def contact_sheet(entries: Sequence[SheetEntry], columns: int = 5, side: int = 224) -> Pixels:
     """A sheet [H, W, 3] uint8 of pictures scaled to `side`, row by row, a green or red frame around judged ones."""
     columns = min(columns, len(entries))
-    cells = [_cell(entry, side) for entry in entries]
+    texts = [_lines(entry.text, side) for entry in entries]
+    height = max(map(len, texts)) * _LINE_PX
+    cells = [_cell(entry, lines, side, height) for entry, lines in zip(entries, texts, strict=True)]
     blank = np.full_like(cells[0], 255)
     cells += [blank] * (-len(cells) % columns)
     return np.concatenate(
@@ -39,18 +42,21 @@ def contact_sheet(entries: Sequence[SheetEntry], columns: int = 5, side: int = 2
     )
 
 
-def _cell(entry: SheetEntry, side: int) -> Pixels:
+def _lines(text: str, side: int) -> list[str]:
+    return textwrap.wrap(text, width=max(8, side // 7), max_lines=_MOST_LINES, placeholder=" …")
+
+
+def _cell(entry: SheetEntry, lines: Sequence[str], side: int, text_height: int) -> Pixels:
     from PIL import Image, ImageDraw, ImageFont
 
     outer = side + 4 * _FRAME_PX
-    cell = Image.new("RGB", (outer, outer + _TEXT_LINES * _LINE_PX), "white")
+    cell = Image.new("RGB", (outer, outer + text_height), "white")
     draw = ImageDraw.Draw(cell)
     if entry.right is not None:
         edge = outer - _FRAME_PX
         draw.rectangle((_FRAME_PX, _FRAME_PX, edge, edge), fill=_RIGHT if entry.right else _WRONG)
     picture = Image.fromarray(entry.picture).resize((side, side), Image.Resampling.LANCZOS)
     cell.paste(picture, (2 * _FRAME_PX, 2 * _FRAME_PX))
-    lines = textwrap.wrap(entry.text, width=max(8, side // 7), max_lines=_TEXT_LINES, placeholder=" …")
     font = ImageFont.load_default(_FONT_PX)
     draw.multiline_text((2 * _FRAME_PX, outer), "\n".join(lines), fill=_INK, font=font, spacing=2)
     return np.asarray(cell)

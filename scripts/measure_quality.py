@@ -1,0 +1,431 @@
+"""What each precision, number of steps and solver does to the trained model's pictures.
+
+Paints the test prompts, reads every picture, and writes one row per way of painting to
+benchmarks/results/nano_quality.csv: the share of prompts whose claims hold, and PSNR and SSIM against the bf16 picture
+of the same seed, solver and steps. Two ways of painting:
+
+- pytorch: the reference modules in batches, on a GPU if there is one; for a recipe the fake-quantised modules with the
+  scales of the bundle, which compute what its graphs compute;
+- onnxruntime: the bundle itself through sana-runtime on the CPU, one process per core.
+
+Bundles are built where they are missing. Rows that are there already are not measured again.
+
+    python scripts/measure_quality.py --bundles build/quality
+    python scripts/measure_quality.py --bundles build/quality --target onnxruntime --precision fp8 int8 --steps 20
+"""
+
+import argparse
+import csv
+import io
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from datetime import date
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+# A picture is small work: processes, not threads, share the machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from sana_calibration.fake_quant import fake_quantize_in_place
+from sana_calibration.recipe import load_recipe
+from sana_calibration.scales import Scales
+from sana_export.calibration_run import NEGATIVE, DenoisingRun, rules_of
+from sana_export.components import loaded_module
+from sana_export.parity.metrics import measure, ssim
+from sana_export.prompting import scheduler_entry
+from sana_export.scenes.prompts import Prompt, test_prompts
+from sana_export.scenes.quality import EQUAL_PSNR_DB
+from sana_export.scenes.reading import read_picture
+from sana_export.scenes.scoring import ATTRIBUTES, Score, score, summarise
+from sana_export.weights.checkpoint import SHIPPED_MODEL, SHIPPED_SIDE, open_checkpoint
+from sana_runtime.contract import COMPONENTS, ComponentName
+from sana_runtime.errors import BuildError, SanaError
+from sana_runtime.files import whole_file
+from sana_runtime.manifest import SchedulerEntry
+from sana_runtime.pipeline import Pipeline, draw_noise, seeded_generator
+from sana_runtime.scheduler import StepTable, step_table
+
+Pixels = npt.NDArray[np.uint8]
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "nano_quality.csv"
+RECIPES = ("fp8", "int8", "int8-weight-only", "int4-weight-only")
+REFERENCE = "bf16"
+DPM, EULER = "flow_dpm_solver", "flow_euler"
+_BATCH = 50
+_DECODED_AT_ONCE = 10
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of painting."""
+
+    precision: str
+    target: str
+    solver: str
+    steps: int
+
+    @property
+    def reference(self) -> "Way":
+        """Whose pictures it is compared with."""
+        return Way(REFERENCE, "pytorch", self.solver, self.steps)
+
+    @property
+    def needs_bundle(self) -> bool:
+        """Whether it paints with a bundle, or with a bundle's scales."""
+        return self.target == "onnxruntime" or self.precision in RECIPES
+
+
+@dataclass(frozen=True)
+class Row:
+    """Shares of the prompts 0..1; `low`, `high`: Wilson's 95 % interval of `overall`; mean PSNR and SSIM."""
+
+    precision: str
+    target: str
+    solver: str
+    steps: int
+    prompts: int
+    overall: float
+    low: float
+    high: float
+    count: float
+    colour: float
+    shape: float
+    position: float
+    binding: float
+    background: float
+    psnr_db: float | None
+    worst_psnr_db: float | None
+    ssim: float | None
+    weights: str
+    device: str
+    versions: str
+    commit: str
+    date: str
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One picture."""
+
+    score: Score
+    psnr_db: float
+    ssim: float
+
+
+def ways() -> Iterator[Way]:
+    """Everything that is measured; what matters most comes first."""
+    for steps in (20, 14, 8, 50):
+        for precision in ("fp32", REFERENCE, "fp16", *RECIPES):
+            yield Way(precision, "pytorch", DPM, steps)
+        if steps == 20:
+            for precision in ("fp8", "int8", "fp32", "int8-weight-only", "int4-weight-only"):
+                yield Way(precision, "onnxruntime", DPM, steps)
+            for euler_steps in (8, 14, 20, 28, 50):
+                yield Way("fp32", "pytorch", EULER, euler_steps)
+
+
+# --- Painting with PyTorch ---
+
+
+class ModulePainter:
+    """The modules of one precision, fake-quantised with what `bundle` says if there is one."""
+
+    def __init__(self, precision: str, bundle: Path | None, texts: Sequence[str], device: str) -> None:
+        self._device, self._bundle = device, bundle
+        base: Any = "fp32" if bundle else precision
+        with tempfile.TemporaryDirectory() as folder:
+            self._run = DenoisingRun(
+                open_checkpoint(SHIPPED_MODEL),
+                tuple(texts),
+                0,
+                1,
+                SHIPPED_SIDE,
+                SHIPPED_SIDE,
+                Path(folder),
+                device,
+                base,
+            )
+            self._captions = self._encoded()
+        self._transformer = self._module("transformer").transformer
+        self._decoder = self._module("vae_decoder")
+
+    def _module(self, name: ComponentName) -> Any:
+        module = loaded_module(self._run.plans[name], self._run.checkpoint)
+        if self._bundle:
+            _fake_quantize_as(self._bundle, name, module, self._run)
+        return module.to(self._device)
+
+    @torch.inference_mode()
+    def _encoded(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """caption_embeds [1, 300, C] and mask [1, 300]: the negative prompt's, then every prompt's."""
+        encoder = self._module("text_encoder")
+        found = (self._run.caption(encoder, index) for index in self._run.items("text_encoder"))
+        dtype = getattr(torch, self._run.plans["text_encoder"].dtype)
+        return [
+            (torch.from_numpy(item["embeds"]).to(self._device, dtype), torch.from_numpy(item["mask"]).to(self._device))
+            for item in found
+        ]
+
+    @torch.inference_mode()
+    def paint(self, solver: str, steps: int) -> Iterator[Pixels]:
+        """The picture of every prompt; prompt i starts from the runtime's noise of seed i."""
+        table = step_table(_with_solver(scheduler_entry(self._run.checkpoint), solver), steps)
+        count = len(self._run.prompts)
+        for start in range(0, count, _BATCH):
+            indices = range(start, min(start + _BATCH, count))
+            noise = np.concatenate([draw_noise(seeded_generator(i), self._run.latent_shape) for i in indices])
+            latent = self._solve(torch.from_numpy(noise).to(self._device), indices, table)
+            for part in latent.split(_DECODED_AT_ONCE):
+                yield from self._decoder(part).cpu().numpy()
+
+    def _solve(self, latent: torch.Tensor, indices: Sequence[int], table: StepTable) -> torch.Tensor:
+        """`ClassifierFreeStep`'s arithmetic for many pictures at once: the batch is [negatives, positives]."""
+        count, model = len(indices), self._transformer
+        dtype = model.proj_out.weight.dtype
+        captions = [self._captions[0]] * count + [self._captions[index - NEGATIVE] for index in indices]
+        embeds, mask = (torch.cat(parts) for parts in zip(*captions, strict=True))
+        previous = torch.zeros_like(latent)
+        for sigma, timestep, (a, b, c) in zip(table.sigmas, table.timesteps, table.coefficients, strict=False):
+            moments = torch.full((2 * count,), float(timestep), device=self._device)
+            both = model(latent.to(dtype).repeat(2, 1, 1, 1), embeds, mask, moments).float()
+            negative, positive = both.chunk(2)
+            x0 = latent - float(sigma) * (negative + self._run.guidance_scale * (positive - negative))
+            latent, previous = float(a) * latent + float(b) * x0 + float(c) * previous, x0
+        return latent
+
+
+def _with_solver(entry: SchedulerEntry, solver: str) -> SchedulerEntry:
+    return msgspec.structs.replace(entry, kind=solver)
+
+
+def _fake_quantize_as(bundle: Path, name: ComponentName, module: nn.Module, run: DenoisingRun) -> None:
+    """With the recipe and the scales of a bundle; a recipe for weights alone has no scales."""
+    recipe = load_recipe(bundle / "quantization" / "recipe.yaml")
+    path = bundle / "quantization" / "calibration.safetensors"
+    found = {}
+    if path.exists():
+        weights = {component: run.checkpoint.digest(component) for component in COMPONENTS}
+        found = dict(Scales.load(path, weights=weights, recipe=recipe.digest).component(name))
+    plan = run.plans[name]
+    fake_quantize_in_place(module, plan.prefix, rules_of(recipe, plan), found)
+
+
+# --- Painting with ONNX Runtime ---
+
+_pipeline: Pipeline
+
+
+def _open_bundle(bundle: Path, solver: str) -> None:
+    """In a process of the pool."""
+    global _pipeline
+    _pipeline = Pipeline.load(bundle, "onnxruntime", threads=1, report=lambda _: None)
+    scheduler = _with_solver(_pipeline.manifest.scheduler, solver)
+    _pipeline.manifest = msgspec.structs.replace(_pipeline.manifest, scheduler=scheduler)
+
+
+def _paint_one(text: str, seed: int, steps: int) -> Pixels:
+    return _pipeline.generate(text, seed=seed, num_steps=steps).pixels
+
+
+def paint_with_bundle(bundle: Path, texts: Sequence[str], solver: str, steps: int, cores: int) -> Iterator[Pixels]:
+    """Every prompt's picture."""
+    with ProcessPoolExecutor(cores, get_context("spawn"), _open_bundle, (bundle, solver)) as pool:
+        futures = [pool.submit(_paint_one, text, seed, steps) for seed, text in enumerate(texts)]
+        for future in futures:
+            yield future.result()
+
+
+def build_bundle(folder: Path, precision: str) -> Path:
+    """The bundle of a precision, built unless it is there. fp32 beside what a recipe quantises: it runs on any CPU."""
+    bundle = folder / precision
+    if not (bundle / "manifest.json").exists():
+        base = ["--base-precision", "fp32"] if precision in RECIPES else []
+        command = [sys.executable, "-m", "sana_export", "build", SHIPPED_MODEL, "--precision", precision, *base]
+        # A missed gate is a figure here, no obstacle.
+        subprocess.run([*command, "--target", "onnxruntime", "--no-gate", "--output", str(bundle)], check=False)
+    if not (bundle / "manifest.json").exists():
+        raise BuildError(
+            f"no bundle of {precision}",
+            received=f"{bundle} is still missing",
+            expected="a bundle",
+            action="see the build's own message above",
+        )
+    return bundle
+
+
+# --- Judging ---
+
+
+def judged(picture: Pixels, prompt: Prompt, reference: Pixels) -> Judged:
+    """Read and compare one picture."""
+    psnr = min(measure("picture", "image", picture, reference).psnr_db, EQUAL_PSNR_DB)
+    return Judged(score(prompt, read_picture(picture)), psnr, ssim(picture, reference))
+
+
+class Measurement:
+    """All rows of one command. Reference pictures are kept in memory, a set per solver and number of steps."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.prompts = test_prompts(arguments.prompts)
+        self.texts = tuple(prompt.text for prompt in self.prompts)
+        self.bundles: Path = arguments.bundles
+        self.device: str = arguments.device
+        self.cores = os.cpu_count() or 1
+        self.commit: str = arguments.commit
+        self.painters: dict[str, ModulePainter] = {}
+        self.references: dict[Way, list[Pixels]] = {}
+        self.pool = ProcessPoolExecutor(self.cores, get_context("spawn"))
+        checkpoint = open_checkpoint(SHIPPED_MODEL)
+        self.weights = checkpoint.digest("transformer")[:12]
+
+    def pictures(self, way: Way) -> Iterator[Pixels]:
+        """Paint."""
+        bundle = build_bundle(self.bundles, way.precision) if way.needs_bundle else None
+        if way.target == "onnxruntime":
+            assert bundle is not None
+            yield from paint_with_bundle(bundle, self.texts, way.solver, way.steps, self.cores)
+            return
+        if way.precision not in self.painters:
+            self.painters[way.precision] = ModulePainter(way.precision, bundle, self.texts, self.device)
+        yield from self.painters[way.precision].paint(way.solver, way.steps)
+
+    def reference(self, way: Way) -> list[Pixels]:
+        """The bf16 pictures."""
+        if way.reference not in self.references:
+            self.references[way.reference] = list(self.pictures(way.reference))
+        return self.references[way.reference]
+
+    def row(self, way: Way) -> Row:
+        """Paint and judge every prompt."""
+        references = self.reference(way)
+        pictures = references if way == way.reference else self.pictures(way)
+        futures: list[Future[Judged]] = [
+            self.pool.submit(judged, *item) for item in zip(pictures, self.prompts, references, strict=True)
+        ]
+        found = [future.result() for future in futures]
+        rates = {item.name: item for item in summarise([item.score for item in found]) if item.scope != "kind"}
+        psnrs = [item.psnr_db for item in found]
+        compared = way != way.reference
+        return Row(
+            **asdict(way),
+            prompts=len(found),
+            overall=round(rates["overall"].rate, 4),
+            low=round(rates["overall"].low, 4),
+            high=round(rates["overall"].high, 4),
+            **{name: round(rates[name].rate, 4) for name in ATTRIBUTES},
+            psnr_db=round(sum(psnrs) / len(psnrs), 2) if compared else None,
+            worst_psnr_db=round(min(psnrs), 2) if compared else None,
+            ssim=round(sum(item.ssim for item in found) / len(found), 4) if compared else None,
+            weights=self.weights,
+            device=self._device_name(way),
+            versions=f"torch {torch.__version__}, onnxruntime {version('onnxruntime')}",
+            commit=self.commit,
+            date=date.today().isoformat(),
+        )
+
+    def _device_name(self, way: Way) -> str:
+        if way.target == "pytorch" and self.device == "cuda":
+            return torch.cuda.get_device_name()
+        return f"{self.cores} CPU cores, {platform.machine()}"
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """What was measured before."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """In the order of `ways`, whatever was measured first."""
+    order = {tuple(map(str, asdict(way).values())): index for index, way in enumerate(ways())}
+    ordered = sorted(rows, key=lambda row: order.get(_key(row), len(order)))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(ordered)
+    with whole_file(path) as temporary:
+        temporary.write_text(text.getvalue(), encoding="utf-8")
+
+
+def _key(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row[field.name]) for field in fields(Way))
+
+
+def _chosen(arguments: argparse.Namespace) -> Iterator[Way]:
+    for way in ways():
+        asked = way.precision in (arguments.precision or [way.precision]) and way.steps in (
+            arguments.steps or [way.steps]
+        )
+        if asked and way.target in arguments.target:
+            yield way
+
+
+def _commit() -> str:
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
+    return found.stdout.strip() or "unknown"
+
+
+def main() -> int:
+    """Measure what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundles", type=Path, required=True, help="folder of bundles, one per precision")
+    parser.add_argument("--prompts", type=int, default=500)
+    parser.add_argument("--target", choices=("pytorch", "onnxruntime"), nargs="+", default=("pytorch", "onnxruntime"))
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16", *RECIPES), nargs="+", help="default: all")
+    parser.add_argument("--steps", type=int, nargs="+", help="default: all")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--minutes", type=float, help="begin no further row after this long")
+    parser.add_argument("--commit", default=_commit(), help="default: git's")
+    parser.add_argument("--rows", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    # fp32 is fp32.
+    torch.backends.cudnn.allow_tf32 = False
+    begun = time.monotonic()
+    try:
+        measurement = Measurement(arguments)
+        rows: list[dict[str, Any]] = list(read_rows(arguments.rows))
+        known = {(*_key(row), row["weights"], row["prompts"]) for row in rows}
+        for way in _chosen(arguments):
+            late = arguments.minutes is not None and time.monotonic() - begun > 60 * arguments.minutes
+            key = tuple(map(str, asdict(way).values()))
+            done = (*key, measurement.weights, str(len(measurement.texts))) in known
+            if late or done:
+                continue
+            row = asdict(measurement.row(way))
+            rows = [other for other in rows if _key(other) != key] + [row]
+            write_rows(arguments.rows, rows)
+            print(
+                f"[{time.monotonic() - begun:6.0f} s] {' '.join(key)}: {row['overall']:.1%} of {row['prompts']}, "
+                f"PSNR {row['psnr_db']} dB (worst {row['worst_psnr_db']}), SSIM {row['ssim']}",
+                flush=True,
+            )
+    except SanaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        if "measurement" in locals():
+            measurement.pool.shutdown(cancel_futures=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
