@@ -3,13 +3,14 @@
     python -m scripts.train_nano --work build/nano                         # all of it, on an NVIDIA GPU
     python -m scripts.train_nano --work build/nano --session-minutes 9     # in pieces: run it again to go on
     python -m scripts.train_nano --work build/next --start FOLDER          # only diffusion, from finished stages
+    python -m scripts.train_nano --work build/next --start sana_export/models/nano   # go on with the shipped model
     python -m scripts.train_nano --work build/nano --smoke                 # every stage for some seconds
     python -m scripts.train_nano --work build/tiny --size tiny --smoke     # the same on a CPU, in two minutes
 
 Every stage has a share of `--minutes` and ends cooled down, whatever the machine's speed:
 {plan}
-With --start, of stages that FOLDER has finished (STAGE.pt, tokenizer.json, record.json, and start.pt, weights that
-diffusion starts from):
+With --start, of stages that FOLDER has finished (STAGE.pt, tokenizer.json, record.json, and start.pt, weights to go on
+from), or of a trained model's directory, whose autoencoder is finished:
 {start_plan}
 `--small-minutes` and `--large-minutes` say for the two diffusion stages how long instead. Checkpoints, with a sheet of
 validation prompts and how many of them are right, are never older than two minutes. The model is written to
@@ -61,18 +62,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--mix-ffn", choices=("triton", "reference"), help="default: triton on a GPU")
     parser.add_argument("--linear-attention", choices=("kernel", "reference"), default="kernel")
     parser.add_argument(
-        "--cross-attention",
-        choices=("auto", "explicit", "sdpa", "triton"),
-        help="default: on a GPU the fastest, measured",
-    )
-    parser.add_argument(
         "--start", type=Path, metavar="DIR", help="finished stages, and weights to start diffusion from"
     )
     parser.add_argument("--text-encoder", choices=("joint", "frozen"), default="joint", help="at the small side")
     parser.add_argument("--muon", action=argparse.BooleanOptionalAction, default=True, help="for the blocks' matrices")
-    parser.add_argument("--layout-weight", type=float, default=0.0, help="of naming what is in each cell (default: 0)")
     parser.add_argument("--small-minutes", type=float, help="of diffusion at the small side, instead of its share")
     parser.add_argument("--large-minutes", type=float, help="of diffusion at the large side, instead of its share")
+    parser.add_argument(
+        "--latents-minutes", type=float, nargs=2, metavar=("SMALL", "LARGE"), help="to encode scenes at both sides"
+    )
     parser.add_argument("--diffusion-batch", type=int, nargs=2, metavar=("SMALL", "LARGE"), help="pictures per step")
     parser.add_argument("--profile", action="store_true", help="only profile 20 diffusion steps of each side")
     parser.add_argument("--measure", action="store_true", help="only time the fused operators against PyTorch's")
@@ -185,8 +183,9 @@ def _plan(arguments: argparse.Namespace, device: torch.device) -> Plan:
     size = SIZES[arguments.size]
     if arguments.diffusion_batch:
         size = replace(size, batches=replace(size.batches, diffusion=tuple(arguments.diffusion_batch)))
-    cross = arguments.cross_attention or ("auto" if on_gpu else "explicit")
     minutes = {"diffusion-small": arguments.small_minutes, "diffusion-large": arguments.large_minutes}
+    if arguments.latents_minutes:
+        minutes |= dict(zip(("latents-small", "latents-large"), arguments.latents_minutes, strict=True))
     scenes = None
     if arguments.smoke or arguments.profile:
         scenes = PROFILED_SCENES if arguments.profile else min(size.scenes, _SMOKE_SCENES)
@@ -201,9 +200,7 @@ def _plan(arguments: argparse.Namespace, device: torch.device) -> Plan:
         runs=RUNS[:3] if arguments.smoke else RUNS,
         scenes=scenes,
         start=arguments.start,
-        cross_attention=cross,
         muon=arguments.muon,
-        layout_weight=arguments.layout_weight,
         frozen_text=arguments.text_encoder == "frozen",
         stage_minutes={name: value for name, value in minutes.items() if value is not None},
     )

@@ -1,7 +1,6 @@
 """Which caption a picture is trained with, and the flow-matching loss."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,8 +8,8 @@ from torch.nn import functional as F
 
 from scripts.train_nano.autoencoder import Latents
 from scripts.train_nano.data import CAPTIONS, SceneStore
-from scripts.train_nano.layout import Layout
 from scripts.train_nano.models import ContrastiveHeads, TrainingTransformer
+from scripts.train_nano.objects import Objects
 from scripts.train_nano.sizes import FLOW_SHIFT
 from scripts.train_nano.stage import Metrics, Session
 
@@ -38,9 +37,12 @@ def contrastive_step(
     heads: ContrastiveHeads,
     store: SceneStore,
     latents: Latents,
+    objects: Objects,
     count: int,
 ) -> Step:
-    """Each picture must find its caption among the batch's, and the other way round."""
+    """Each picture must find its caption among the batch's, and the other way round; and captions must name the
+    scene's `objects`.
+    """
 
     def step() -> tuple[torch.Tensor, Metrics]:
         index = _draw(len(latents.small), count, session.device)
@@ -50,10 +52,12 @@ def contrastive_step(
             embeds = embed(tokens)
             captions = heads.captions(embeds, caption_mask(tokens))
             images = heads.images(latents.small[index].float())
+            named = heads.objects.loss(embeds, caption_mask(tokens), objects.rows(index))
         scores = heads.log_scale.exp().clamp(max=100) * (images @ captions.t()).float()
         target = torch.arange(count, device=session.device)
         loss = (F.cross_entropy(scores, target) + F.cross_entropy(scores.t(), target)) / 2
-        return loss, {"found": (scores.detach().argmax(1) == target).float().mean()}
+        found = (scores.detach().argmax(1) == target).float().mean()
+        return loss + named, {"found": found, "objects": named.detach()}
 
     return step
 
@@ -103,17 +107,6 @@ def frozen_captions(session: Session, embed: Embed, store: SceneStore, scenes: i
     return lambda index, choice: rows[index, choice]
 
 
-@dataclass(frozen=True)
-class Guide:
-    """The auxiliary loss: `loss` of (features, labels), the labels of every scene, and its weight, a number on the
-    device.
-    """
-
-    loss: Callable[[torch.Tensor, Layout], torch.Tensor]
-    truth: Layout
-    weight: torch.Tensor
-
-
 def diffusion_step(
     session: Session,
     captions: Captions,
@@ -122,9 +115,8 @@ def diffusion_step(
     latents: torch.Tensor,
     cumulated: torch.Tensor,
     count: int,
-    guide: Guide | None = None,
 ) -> Step:
-    """Flow matching: the transformer's velocity against noise - x0, mean squared error; and what `guide` asks for."""
+    """Flow matching: the transformer's velocity against noise - x0, mean squared error."""
 
     def step() -> tuple[torch.Tensor, Metrics]:
         device = session.device
@@ -138,12 +130,8 @@ def diffusion_step(
         noisy = torch.lerp(x0, noise, sigma[:, None, None, None])
         with session.autocast():
             embeds: Any = captions(index, choice).float()
-            velocity, features = transformer.with_features(noisy, embeds, mask, sigma * 1000)
-        loss = (velocity.float() - (noise - x0)).square().mean()
-        if guide is None:
-            return loss, {"flow": loss.detach()}
-        layout = guide.loss(features, guide.truth.rows(index))
-        return loss + guide.weight * layout, {"flow": loss.detach(), "layout": layout.detach()}
+            velocity = transformer.velocity(noisy, embeds, mask, sigma * 1000)
+        return (velocity.float() - (noise - x0)).square().mean(), {}
 
     return step
 

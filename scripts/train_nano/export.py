@@ -1,6 +1,7 @@
 """The trained model as files: a diffusers directory with its card, and checkpoints small enough to be carried."""
 
 import io
+import json
 import tarfile
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,19 +34,33 @@ _PART = "part"
 # The stage that starts with a stage's weights and keeps its own.
 GOES_ON = {"autoencoder-small": "autoencoder-large", "diffusion-small": "diffusion-large"}
 START_WEIGHTS = "start.pt"
+_SUMMARY = "training.json"
+# Stages that train again what a model's directory holds.
+_TRAINED_ON = ("contrastive", "diffusion-small", "diffusion-large")
 _ENGLISH_PROMPTS = 64
 
 
-def export_directory(size: Size, model: TrainedModel, folder: Path, card: str) -> Checkpoint:
-    """Write bf16 weights as a diffusers directory with README.md and calibration prompts, and open it again, which
+def export_directory(size: Size, model: TrainedModel, folder: Path, record: Mapping[str, Any]) -> Checkpoint:
+    """Write bf16 weights as a diffusers directory with card, summary and calibration prompts, and open it again, which
     checks it.
     """
-    write_diffusers_directory(TrainedCheckpoint(size, model), folder, torch.bfloat16)
-    with whole_file(folder / "README.md") as temporary:
-        temporary.write_text(card, encoding="utf-8")
+    checkpoint = TrainedCheckpoint(size, model)
+    write_diffusers_directory(checkpoint, folder, torch.bfloat16)
     with whole_file(folder / CALIBRATION_PROMPTS) as temporary:
         temporary.write_text(calibration_prompts(), encoding="utf-8")
+    describe(size, checkpoint, folder, record)
     return open_checkpoint(str(folder))
+
+
+def describe(size: Size, checkpoint: Checkpoint, folder: Path, record: Mapping[str, Any]) -> None:
+    """README.md and training.json of a model's directory, from the record of its run: all but the curves."""
+    stages = {
+        name: {key: value for key, value in row.items() if key != "records"} for name, row in record["stages"].items()
+    }
+    with whole_file(folder / "README.md") as temporary:
+        temporary.write_text(model_card(size, checkpoint, record), encoding="utf-8")
+    with whole_file(folder / _SUMMARY) as temporary:
+        temporary.write_text(json.dumps({**record, "stages": stages}, indent=1) + "\n", encoding="utf-8")
 
 
 def calibration_prompts() -> str:
@@ -214,11 +229,15 @@ def unpack_checkpoints(folder: Path, work: Path) -> list[str]:
     return list(content)
 
 
-def adopt(folder: Path, work: Path, stages: Sequence[str]) -> list[str]:
+def adopt(size: Size, folder: Path, work: Path, stages: Sequence[str]) -> list[str]:
     """Copy what another training has finished to `work`, unless it is there: checkpoints of finished stages (stage.pt,
-    weights in any precision), tokenizer.json, record.json, and start.pt, weights that the first diffusion stage
-    starts from, under the names of its checkpoint. Returns the names of the files that `folder` has.
+    weights in any precision), tokenizer.json, record.json, and start.pt, weights that the contrastive and the first
+    diffusion stage start from, under the names of their checkpoints. Returns the names of the files that `folder` has.
+
+    Of a trained model's directory, the autoencoder is finished, and text encoder and transformer go on.
     """
+    if (folder / "model_index.json").is_file():
+        return _adopt_model(size, folder, work)
     names = [*(f"{stage}.pt" for stage in stages), "tokenizer.json", "record.json", START_WEIGHTS]
     found = [name for name in names if (folder / name).exists()]
     if not any(name.endswith(".pt") for name in found):
@@ -233,6 +252,28 @@ def adopt(folder: Path, work: Path, stages: Sequence[str]) -> list[str]:
             with whole_file(work / name) as temporary:
                 temporary.write_bytes((folder / name).read_bytes())
     return found
+
+
+def _adopt_model(size: Size, folder: Path, work: Path) -> list[str]:
+    model = load_directory(size, folder, torch.device("cpu"))
+    autoencoder = {f"autoencoder.{name}": tensor for name, tensor in model.autoencoder.state_dict().items()}
+    state = {"elapsed": 0.0, "steps": 0, "finished": True, "records": "[]", "weights": None, "optimizer": None}
+    modules: dict[str, nn.Module] = {"transformer": model.transformer, "text_encoder": model.text_encoder}
+    start = {f"{key}.{name}": tensor for key, module in modules.items() for name, tensor in module.named_parameters()}
+    contents = {"autoencoder-large.pt": {**state, "ema": autoencoder}, START_WEIGHTS: start}
+    for name, content in contents.items():
+        if not (work / name).exists():
+            with whole_file(work / name) as temporary:
+                torch.save(content, temporary)
+    record = json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
+    earlier = {f"{name}, before" if name in _TRAINED_ON else name: row for name, row in record["stages"].items()}
+    record = {"stages": {name: {**row, "records": []} for name, row in earlier.items()}, "device": record["device"]}
+    texts = {"tokenizer.json": model.tokenizer_json, "record.json": json.dumps(record).encode()}
+    for name, text in texts.items():
+        if not (work / name).exists():
+            with whole_file(work / name) as temporary:
+                temporary.write_bytes(text)
+    return [*contents, *texts]
 
 
 def load_weights(path: Path, modules: Mapping[str, nn.Module]) -> None:

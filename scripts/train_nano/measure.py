@@ -1,19 +1,11 @@
 """Are the fused operators faster than PyTorch's at the shapes of the training? Forward and backward together."""
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import torch
 
 from sana_kernels.linear_attention import linear_attention
 from sana_kernels.linear_attention.reference import linear_attention_reference
-from scripts.train_nano.cross_attention import (
-    CrossImpl,
-    cross_attention,
-    cross_attention_reference,
-    cross_attention_sdpa,
-)
 from scripts.train_nano.depthwise import depthwise_gate, depthwise_gate_reference
 from scripts.train_nano.sizes import Size
 
@@ -41,49 +33,6 @@ def measure(device: torch.device, size: Size) -> None:
             return depthwise_gate_reference(*tensors, grid, grid)
 
         print(f"Mix-FFN's middle, {side} px, {batch} pictures: {_compared(fused, plain, (x, weight, bias))}")
-        times = cross_attention_times(device, size, side, batch)
-        print(f"cross-attention, {side} px, {batch} pictures: {', '.join(f'{n} {t:.3f} ms' for n, t in times.items())}")
-
-
-def cross_attention_times(device: torch.device, size: Size, side: int, batch: int) -> dict[CrossImpl, float]:
-    """Milliseconds, forward and backward, of each way that runs here and is right."""
-    config = size.configs.transformer
-    heads = config["num_cross_attention_heads"]
-    channels, rows = heads * config["cross_attention_head_dim"], size.caption_rows
-    query, packed = _random(device, batch, (side // 32) ** 2, channels), _random(device, batch, rows, 2 * channels)
-    bias = torch.where(torch.rand(batch, rows, device=device) < 0.5, -10000.0, 0.0)
-    bias[:, 0] = 0
-    ways: dict[CrossImpl, Any] = {
-        "explicit": torch.compile(cross_attention_reference, dynamic=False),
-        "sdpa": torch.compile(cross_attention_sdpa, dynamic=False),
-        "triton": cross_attention,
-    }
-    expected = cross_attention_reference(query.float(), packed.float(), bias, heads)
-    found: dict[CrossImpl, float] = {}
-    for name, way in ways.items():
-        operator = partial(_bound, way, bias, heads)
-        try:
-            wrong = (operator(query, packed).float() - expected).abs().max() / expected.abs().max()
-            # bf16 has 8 bits; three roundings, of scores, weights and result.
-            if wrong < 3 * 2**-8:
-                found[name] = _milliseconds(operator, (query, packed))
-            else:
-                print(f"cross-attention {name} is not used: its error is {wrong.item():.1e} of the largest")
-        # Whatever a compiler or driver has against one way, there is another.
-        except Exception as problem:
-            print(f"cross-attention {name} does not run here: {type(problem).__name__}: {problem}"[:400])
-    return found
-
-
-def _bound(way: Any, bias: torch.Tensor, heads: int, query: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
-    result: torch.Tensor = way(query, packed, bias, heads)
-    return result
-
-
-def fastest_cross_attention(device: torch.device, size: Size) -> CrossImpl:
-    """By a measurement of some seconds at the small side."""
-    times = cross_attention_times(device, size, size.sides[0], size.batches.diffusion[0])
-    return min(times, key=lambda name: times[name], default="explicit")
 
 
 def _attention(qkv: torch.Tensor) -> torch.Tensor:

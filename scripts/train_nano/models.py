@@ -21,6 +21,7 @@ from sana_export.reference.dc_ae import (
 )
 from sana_export.reference.text_encoder import gemma2_config
 from sana_export.reference.transformer import (
+    CrossAttention,
     LinearTransformer,
     TransformerConfig,
     modulated_norm,
@@ -38,8 +39,8 @@ from sana_export.weights.architecture import (
 )
 from sana_export.weights.checkpoint import Checkpoint, Configs, OnBytes
 from sana_export.weights.lazy import LazyTensor
-from scripts.train_nano.cross_attention import CrossImpl, TrainingCrossAttention
 from scripts.train_nano.depthwise import Impl, TrainingAutoencoderMixFFN, TrainingMixFFN
+from scripts.train_nano.objects import ObjectHead
 from scripts.train_nano.sizes import Size
 
 _MODULATION = "modulation"
@@ -86,10 +87,22 @@ class PositionedPatchEmbed(nn.Linear):
         return super().forward(tokens) + self._tables[key]
 
 
-class TrainingTransformer(LinearTransformer):
-    """The reference with parts of it open: what is outside the blocks can be compiled (`compile_parts`), and features
-    of the middle come out. Parameters and mathematics are the reference's.
+class TrainingCrossAttention(CrossAttention):
+    """The reference's, without qk-norm, with keys and values brought into heads together: what autocast makes bf16
+    stays so up to the softmax.
     """
+
+    def forward(self, x: torch.Tensor, caption: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """`bias` [B, 1, 1, S], as the reference's."""
+        key, value = self.to_kv(caption).chunk(2, dim=-1)
+        query, key, value = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.to_q(x), key, value))
+        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+        weights = F.softmax(scores.float() + bias.float(), dim=-1).to(query.dtype)
+        return self.to_out((weights @ value).transpose(1, 2).flatten(2))
+
+
+class TrainingTransformer(LinearTransformer):
+    """The reference in parts that can be compiled (`compile_parts`). Parameters and mathematics are the reference's."""
 
     def compile_parts(self) -> None:
         """Compile blocks and what surrounds them, for the shapes they meet."""
@@ -98,18 +111,15 @@ class TrainingTransformer(LinearTransformer):
         self._enter = torch.compile(self._enter, dynamic=False)  # type: ignore[method-assign]
         self._leave = torch.compile(self._leave, dynamic=False)  # type: ignore[method-assign]
 
-    def with_features(
+    def velocity(
         self, latent: torch.Tensor, caption_embeds: torch.Tensor, caption_mask: torch.Tensor, timestep: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `forward` gives, and the tokens [B, N, C] behind the first half of the blocks."""
+    ) -> torch.Tensor:
+        """What `forward` gives, by the compiled parts."""
         height, width = latent.shape[-2:]
         x, embedding, modulation, caption, bias = self._enter(latent, caption_embeds, caption_mask, timestep)
-        features = x
-        for index, block in enumerate(self.blocks):
+        for block in self.blocks:
             x = block(x, caption, bias, modulation, (height, width))
-            if index == (len(self.blocks) - 1) // 2:
-                features = x
-        return self._leave(x, embedding).unflatten(2, (height, width)), features
+        return self._leave(x, embedding).unflatten(2, (height, width))
 
     def _enter(
         self, latent: torch.Tensor, caption_embeds: torch.Tensor, caption_mask: torch.Tensor, timestep: torch.Tensor
@@ -128,15 +138,13 @@ class TrainingTransformer(LinearTransformer):
         return self.proj_out(modulated_norm(x, shift, scale, self.config.norm_eps)).transpose(1, 2)
 
 
-def build_transformer(
-    config: Config, mix_ffn: Impl = "reference", cross: CrossImpl = "explicit"
-) -> TrainingTransformer:
+def build_transformer(config: Config, mix_ffn: Impl = "reference") -> TrainingTransformer:
     """The Linear DiT with the initial weights of Sana's training: velocity 0, cross-attention 0."""
     shape_of_model = TransformerConfig.from_upstream(completed("transformer", config))
     model = TrainingTransformer(replace(shape_of_model, interpolation_scale=None))
     model.patch_embed = PositionedPatchEmbed(shape_of_model)
     for block in model.blocks:
-        block.cross_attention = TrainingCrossAttention(model.config, cross)
+        block.cross_attention = TrainingCrossAttention(model.config)
         shape = block.mix_ffn.conv_inverted
         block.mix_ffn = TrainingMixFFN(shape.in_features, shape.out_features // 2, mix_ffn)
     for name, parameter in model.named_parameters():
@@ -262,7 +270,9 @@ def _rotated(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch
 
 
 class ContrastiveHeads(nn.Module):
-    """A small image tower on scaled latents [B, 32, h, h], a projection of mean caption rows, a temperature."""
+    """A small image tower on scaled latents [B, 32, h, h], a projection of mean caption rows, a temperature, and what
+    names objects.
+    """
 
     def __init__(self, size: Size, side: int, text_channels: int) -> None:
         super().__init__()
@@ -280,6 +290,7 @@ class ContrastiveHeads(nn.Module):
             nn.Linear(2 * channels, channels),
         )
         self.text = nn.Linear(text_channels, channels)
+        self.objects = ObjectHead(text_channels)
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
 
     def images(self, latents: torch.Tensor) -> torch.Tensor:

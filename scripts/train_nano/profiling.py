@@ -35,7 +35,7 @@ def profile_diffusion(run: Run) -> None:
             session = replace(run.session, work=Path(folder), cuda_graph=False)
             count = size.batches.diffusion[phase]
             modules = run.diffusion_modules()
-            step, _ = run.diffusion_step(phase, shares)
+            step = run.diffusion_step(phase, shares)
             schedule = Schedule(60, 1e-3, muon=run.diffusion_schedule(name, last=phase == 1).muon)
             begun = time.monotonic()
             # As it is trained, then launch by launch: not all profilers see into a CUDA graph.

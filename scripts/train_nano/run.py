@@ -9,7 +9,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -19,13 +19,11 @@ from sana_runtime.files import whole_file
 from scripts.train_nano.autoencoder import Latents, autoencoder_step, encode_scenes, reconstruction_psnr_db
 from scripts.train_nano.captions import CaptionEncoder
 from scripts.train_nano.charts import save_curves, save_sheet
-from scripts.train_nano.cross_attention import CrossImpl
 from scripts.train_nano.data import SceneStore, make_tokenizer, scenes_of, start_pool
 from scripts.train_nano.depthwise import Impl
 from scripts.train_nano.diffusion import (
     Captions,
     Embed,
-    Guide,
     Step,
     caption_shares,
     contrastive_step,
@@ -38,14 +36,12 @@ from scripts.train_nano.export import (
     GOES_ON,
     START_WEIGHTS,
     adopt,
+    describe,
     export_directory,
     load_directory,
     load_weights,
-    model_card,
     pack_directory,
 )
-from scripts.train_nano.layout import Layout, LayoutHead, layout
-from scripts.train_nano.measure import fastest_cross_attention
 from scripts.train_nano.models import (
     Autoencoder,
     ContrastiveHeads,
@@ -57,6 +53,7 @@ from scripts.train_nano.models import (
     gemma_layer,
     parameter_counts,
 )
+from scripts.train_nano.objects import objects_of
 from scripts.train_nano.sampling import Painter, Solver
 from scripts.train_nano.sizes import Size
 from scripts.train_nano.stage import OutOfTime, Schedule, Session, Stage
@@ -80,10 +77,7 @@ FROM_FINISHED: Share = {
     "diffusion-small": 0.60,
     "diffusion-large": 0.325,
 }
-# Weight of the auxiliary loss at a stage's end, in terms of that at its start; it falls with the learning rate.
-_LAST_GUIDANCE = 0.1
 _MUON_FACTOR = 2.0
-_LAYOUTS_AT_ONCE = 1 << 14
 _SHEET_PROMPTS = 32
 _PSNR_SCENES = 128
 _FIRST_TEST_SEED = 7_000_000
@@ -93,8 +87,8 @@ _FIRST_TEST_SEED = 7_000_000
 class Plan:
     """What one command does. `minutes`: of training, all stages together. `stop_after`: the last stage to run.
     `start`: a folder of finished stages (`export.adopt`). `muon`: train the transformer's matrices by it.
-    `layout_weight`: of the auxiliary loss. `frozen_text`: diffusion at the small side leaves the text encoder as it
-    is; at the large side it always does. `stage_minutes`: instead of a stage's share.
+    `frozen_text`: diffusion at the small side leaves the text encoder as it is; at the large side it always does.
+    `stage_minutes`: instead of a stage's share; a diffusion stage of 0 minutes is left out.
     """
 
     size: Size
@@ -107,9 +101,7 @@ class Plan:
     scenes: int | None = None
     runs: Sequence[tuple[Solver, int]] = RUNS
     start: Path | None = None
-    cross_attention: CrossImpl | Literal["auto"] = "explicit"
     muon: bool = True
-    layout_weight: float = 0.0
     frozen_text: bool = False
     stage_minutes: Mapping[str, float] = field(default_factory=dict)
 
@@ -187,19 +179,11 @@ class Run:
     def transformer(self) -> Any:
         torch.manual_seed(3)
         configs = self.plan.size.configs
-        cross = self.plan.cross_attention
-        if cross == "auto":
-            cross = fastest_cross_attention(self.session.device, self.plan.size)
-        self.session.log(f"cross-attention: {cross}")
-        model = build_transformer(configs.transformer, self.plan.mix_ffn, cross)
+        model = build_transformer(configs.transformer, self.plan.mix_ffn)
         model = model.to(self.session.device)
         if self.session.compiled:
             model.compile_parts()
         return model
-
-    @cached_property
-    def layout_head(self) -> LayoutHead:
-        return LayoutHead(self.transformer.config.channels).to(self.session.device)
 
     @cached_property
     def heads(self) -> ContrastiveHeads:
@@ -249,8 +233,12 @@ class Run:
     def adopt(self) -> None:
         """Copy what is finished already from the folder that the plan names, if it does."""
         if self.plan.start:
-            found = adopt(self.plan.start, self.session.work, STAGES)
+            found = adopt(self.plan.size, self.plan.start, self.session.work, STAGES)
             self.session.log(f"started from {', '.join(found)} of {self.plan.start}")
+
+    @property
+    def _start_weights(self) -> Path:
+        return self.session.work / START_WEIGHTS
 
     def _say_plan(self) -> None:
         times = ", ".join(f"{name} {self.plan.seconds(name):.0f} s" for name in FROM_NOTHING if not self._passed(name))
@@ -269,6 +257,8 @@ class Run:
         if self.session.out_of_time():
             raise OutOfTime
         if name in GOES_ON and self._passed(name) and not self._finished(name):
+            return
+        if name.startswith("diffusion") and self.plan.seconds(name) == 0:
             return
         {
             "autoencoder-small": lambda: self._train_autoencoder(name, 0),
@@ -321,8 +311,12 @@ class Run:
         if stage.finished:
             stage.use_average()
             return
-        step = contrastive_step(self.session, self.embed, self.heads, self.store, self.latents, count)
-        stage.run(step)
+        # Where another training's transformer goes on, its text encoder does too.
+        if stage.steps == 0 and self._start_weights.exists():
+            load_weights(self._start_weights, {"text_encoder": self.text_encoder})
+        latents = self.latents
+        objects = objects_of(self.store.scenes.rows(slice(0, len(latents))))
+        stage.run(contrastive_step(self.session, self.embed, self.heads, self.store, latents, objects, count))
 
     @cached_property
     def cumulated_shares(self) -> torch.Tensor:
@@ -343,31 +337,22 @@ class Run:
         # Before the stage is made: it puts its own weights into the text encoder.
         finished = self._finished(name)
         shares = None if finished else self.cumulated_shares
-        start = self.session.work / START_WEIGHTS
-        if not (finished or last) and start.exists():
-            load_weights(start, {"transformer": self.transformer, "text_encoder": self.text_encoder})
+        first = not any(other.startswith("diffusion") for other in self.stages)
+        if first and not finished and self._start_weights.exists():
+            load_weights(self._start_weights, {"transformer": self.transformer})
         stage = self._stage(name, self.diffusion_schedule(name, last=last), self.diffusion_modules(), count)
         if shares is None:
             stage.use_average()
             return
-        step, guide = self.diffusion_step(phase, shares)
-
-        def tune(share: float) -> None:
-            if guide is not None:
-                falling = min(1.0, (1 - share) / stage.schedule.cooldown)
-                guide.weight.fill_(self.plan.layout_weight * max(falling, _LAST_GUIDANCE))
-
         side = self.plan.size.sides[phase]
-        stage.run(step, report=lambda running: self._diffusion_report(running, side), tune=tune)
+        stage.run(self.diffusion_step(phase, shares), report=lambda running: self._diffusion_report(running, side))
         self.session.log(f"{name}: done{self._diffusion_report(stage, side)}")
 
-    def diffusion_step(self, phase: int, shares: torch.Tensor) -> tuple[Step, Guide | None]:
-        """The step of a phase, 0 or 1, with the auxiliary loss that is part of it."""
+    def diffusion_step(self, phase: int, shares: torch.Tensor) -> Step:
+        """The step of a phase, 0 or 1."""
         captions = self._captions(frozen=phase == 1 or self.plan.frozen_text)
         tensor, count = (self.latents.small, self.latents.large)[phase], self.plan.size.batches.diffusion[phase]
-        guide = self._guide(phase)
-        step = diffusion_step(self.session, captions, self.transformer, self.store, tensor, shares, count, guide)
-        return step, guide
+        return diffusion_step(self.session, captions, self.transformer, self.store, tensor, shares, count)
 
     def diffusion_schedule(self, name: str, *, last: bool) -> Schedule:
         """Of a phase; `last` is the large side's."""
@@ -381,8 +366,7 @@ class Run:
 
     def diffusion_modules(self) -> dict[str, Any]:
         """What a diffusion stage trains or keeps."""
-        modules = {"transformer": self.transformer, "text_encoder": self.text_encoder}
-        return {**modules, "layout_head": self.layout_head} if self.plan.layout_weight else modules
+        return {"transformer": self.transformer, "text_encoder": self.text_encoder}
 
     def _captions(self, *, frozen: bool) -> Captions:
         """Rows of the text encoder as it is now, or of the one that is trained."""
@@ -394,18 +378,6 @@ class Run:
         found = frozen_captions(self.session, self.plain_embed, self.store, scenes, count)
         self.session.log(f"captions of {scenes} scenes encoded in {time.monotonic() - begun:.1f} s")
         return found
-
-    def _guide(self, phase: int) -> Guide | None:
-        if not self.plan.layout_weight:
-            return None
-        scenes, cells = len((self.latents.small, self.latents.large)[phase]), self.plan.size.sides[phase] // 32
-        found = [
-            layout(self.store.scenes.rows(slice(start, min(start + _LAYOUTS_AT_ONCE, scenes))), cells)
-            for start in range(0, scenes, _LAYOUTS_AT_ONCE)
-        ]
-        truth = Layout(*(torch.cat(parts) for parts in zip(*found, strict=True)))
-        weight = torch.full((), self.plan.layout_weight, device=self.session.device)
-        return Guide(self.session.compile(self.layout_head.loss), truth, weight)
 
     def _finished(self, name: str) -> bool:
         path = self.session.work / f"{name}.pt"
@@ -493,8 +465,7 @@ class Run:
             parameter.data.copy_(parameter.data.bfloat16().float())
         self._write_record(scenes=len(self.latents), psnr_db=self.reconstruction_psnr_db())
         shutil.rmtree(self.directory, ignore_errors=True)
-        checkpoint = TrainedCheckpoint(self.plan.size, model)
-        export_directory(self.plan.size, model, self.directory, model_card(self.plan.size, checkpoint, self.record()))
+        export_directory(self.plan.size, model, self.directory, self.record())
         return self.directory
 
     def _restore_for_export(self, name: str) -> None:
@@ -516,9 +487,7 @@ class Run:
             painter, self.pool, self.session.work, plan.test_prompts, plan.validation_prompts, plan.runs
         )
         self._write_record(evaluation=found)
-        checkpoint = TrainedCheckpoint(self.plan.size, model)
-        with whole_file(self.directory / "README.md") as temporary:
-            temporary.write_text(model_card(self.plan.size, checkpoint, self.record()), encoding="utf-8")
+        describe(self.plan.size, TrainedCheckpoint(self.plan.size, model), self.directory, self.record())
         self.session.log(f"evaluation: {found['test']} in {time.monotonic() - begun:.0f} s")
         return found
 

@@ -210,12 +210,10 @@ class Stage:
         step: Callable[[], tuple[torch.Tensor, Metrics]],
         between: Callable[[], None] = lambda: None,
         report: Callable[["Stage"], str] = lambda stage: "",
-        tune: Callable[[float], None] = lambda share: None,
     ) -> None:
         """Train until the stage's time is used up; leave the averaged weights in the modules.
 
-        `between` is called about once a second, `report` at every checkpoint (its text is logged), `tune` before every
-        step with the share of the time that is used: it may write to tensors that the step reads.
+        `between` is called about once a second, `report` at every checkpoint: its text is logged.
         Raises `OutOfTime` after saving when the session ends first.
         """
         if self.finished:
@@ -226,7 +224,7 @@ class Stage:
         torch.manual_seed(zlib.crc32(self.name.encode()) + self.steps)
         replay = self.prepared(step)
         self.session.log(f"{self.name}: ready after {time.monotonic() - begun:.1f} s")
-        self._train(replay, between, report, tune)
+        self._train(replay, between, report)
         self.finished = True
         self.use_average()
         self.save()
@@ -236,14 +234,12 @@ class Stage:
         replay: Callable[[], None],
         between: Callable[[], None],
         report: Callable[["Stage"], str],
-        tune: Callable[[float], None],
     ) -> None:
         clock = _Clock(self.elapsed)
         logged, saved, polled = self.elapsed, self.elapsed, self.elapsed
         logged_steps, fences = self.steps, []  # type: int, list[Any]
         while self.elapsed < self.schedule.seconds:
             self._set_numbers()
-            tune(self.schedule.share(self.elapsed))
             replay()
             self.steps += 1
             self._keep_pace(fences)

@@ -23,7 +23,6 @@ from sana_runtime.tokenizer import clean_prompt
 from scripts.train_nano import captions, data, models
 from scripts.train_nano.autoencoder import Latents, autoencoder_step, random_pieces
 from scripts.train_nano.diffusion import (
-    Guide,
     caption_mask,
     contrastive_step,
     diffusion_step,
@@ -32,8 +31,7 @@ from scripts.train_nano.diffusion import (
     trained_captions,
 )
 from scripts.train_nano.export import calibration_prompts
-from scripts.train_nano.layout import LayoutHead
-from scripts.train_nano.layout import layout as scene_layout
+from scripts.train_nano.objects import Objects, objects_of
 from scripts.train_nano.sizes import NANO, SIZES, TINY, Size
 from scripts.train_nano.stage import Session
 
@@ -275,11 +273,11 @@ def test_steps_copy_nothing_between_devices(monkeypatch: pytest.MonkeyPatch, tmp
 
     live = trained_captions(embed, store)
     frozen = frozen_captions(session, embed, store, 4, 2)
-    head = LayoutHead(transformer.config.channels).to(device)
-    guide = Guide(head.loss, scene_layout(scenes, 2), torch.zeros((), device=device))
+    objects = objects_of(data.scenes_of(range(4), "train"))
+    objects = Objects(*(tensor.to(device) for tensor in objects))
     steps = [
-        contrastive_step(session, embed, heads, store, latents, 8),
-        diffusion_step(session, live, transformer, store, latents.small, shares, 8, guide),
+        contrastive_step(session, embed, heads, store, latents, objects, 8),
+        diffusion_step(session, live, transformer, store, latents.small, shares, 8),
         diffusion_step(session, frozen, transformer, store, latents.large, shares, 8),
         autoencoder_step(session, autoencoder, store, TINY, 0),
         autoencoder_step(session, autoencoder, store, TINY, 1),

@@ -19,6 +19,7 @@ from sana_export.weights.checkpoint import CALIBRATION_PROMPTS, open_checkpoint
 from sana_runtime import Pipeline
 from sana_runtime.errors import CheckpointError, InputError
 from scripts.train_nano import data, models
+from scripts.train_nano import run as training
 from scripts.train_nano.autoencoder import Latents
 from scripts.train_nano.captions import CaptionEncoder
 from scripts.train_nano.diffusion import diffusion_step, trained_captions
@@ -172,7 +173,7 @@ def test_run_starts_from_finished_stages(finished: Run, tmp_path: Path) -> None:
     kept = {name: tensor.bfloat16() for name, tensor in weights.items() if name.startswith("transformer.")}
     torch.save(kept, start / "start.pt")
     minutes = {"diffusion-small": 0.02, "diffusion-large": 0.02}
-    plan = Plan(TINY, 0.05, 0, scenes=64, start=start, frozen_text=True, layout_weight=0.1, stage_minutes=minutes)
+    plan = Plan(TINY, 0.05, 0, scenes=64, start=start, frozen_text=True, stage_minutes=minutes)
     run = Run(Session(work, CPU, log=lambda text: None), plan)
     before: dict[str, torch.Tensor] = {}
     diffusion = run.diffusion_step
@@ -193,14 +194,45 @@ def test_run_starts_from_finished_stages(finished: Run, tmp_path: Path) -> None:
     contrastive = torch.load(start / "contrastive.pt", weights_only=True)["ema"]
     for name, tensor in run.text_encoder.named_parameters():
         torch.testing.assert_close(tensor.detach(), contrastive[f"text_encoder.{name}"], rtol=0, atol=0)
-    assert all("layout" in row for row in run.stages["diffusion-small"].records)
     assert open_checkpoint(str(run.export())).architecture == "custom 2x64"
     assert set(json.loads((work / "record.json").read_text())["stages"]) == set(STAGES)
 
 
+def test_run_goes_on_with_a_trained_models_directory(finished: Run, tmp_path: Path) -> None:
+    """Text encoder and transformer start as they are shipped; a diffusion stage of 0 minutes is left out."""
+    minutes = {"contrastive": 0.02, "diffusion-small": 0.0, "diffusion-large": 0.02}
+    plan = Plan(TINY, 0.05, 0, scenes=64, start=finished.directory, frozen_text=True, stage_minutes=minutes)
+    run = Run(Session(tmp_path, CPU, log=lambda text: None), plan)
+    before: dict[str, torch.Tensor] = {}
+    diffusion, load = run.diffusion_step, training.load_weights
+
+    def watched(phase: int, shares: torch.Tensor) -> object:
+        assert phase == 1
+        before.update({name: value.clone() for name, value in run.transformer.state_dict().items()})
+        return diffusion(phase, shares)
+
+    run.diffusion_step = watched  # type: ignore[method-assign,assignment]
+    loaded: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "load_weights", lambda path, modules: (loaded.extend(modules), load(path, modules)))
+        assert run.train()
+    assert loaded == ["text_encoder", "transformer"]
+    shipped = load_directory(TINY, finished.directory, CPU)
+    for name, tensor in shipped.transformer.state_dict().items():
+        torch.testing.assert_close(before[name], tensor, rtol=0, atol=0)
+    assert set(run.stages) == {"autoencoder-large", "contrastive", "diffusion-large"}
+    assert run.stages["autoencoder-large"].steps == 0
+    folder = run.export()
+    vae = "vae/diffusion_pytorch_model.safetensors"
+    assert (folder / vae).read_bytes() == (finished.directory / vae).read_bytes()
+    told = json.loads((folder / "training.json").read_text())["stages"]
+    assert told["diffusion-large, before"]["steps"] == finished.stages["diffusion-large"].steps
+    assert told["diffusion-large"]["steps"] == run.stages["diffusion-large"].steps
+
+
 def test_run_says_what_it_cannot_start_from(finished: Run, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nothing to start from"):
-        adopt(tmp_path, tmp_path / "work", STAGES)
+        adopt(TINY, tmp_path, tmp_path / "work", STAGES)
     torch.save({"transformer.patch_embed.weight": torch.zeros(1)}, tmp_path / "start.pt")
     with pytest.raises(InputError, match=r"start\.pt does not fit the transformer"):
         load_weights(tmp_path / "start.pt", {"transformer": finished.transformer})
