@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import count as count_from
 from random import Random
 from typing import Final
 
@@ -41,6 +40,8 @@ their relation; the same on a background; two groups, 3 or 4 objects in all; 3 o
 
 # A seed's prompts of one kind are looked for among this many scenes.
 _SCENES_PER_KIND: Final = 1_000_000
+# So many scenes in a row (a second's work) without a new prompt: there is none.
+_SCENES_WITHOUT_NEW: Final = 10_000
 
 
 def test_prompts(count: int = 500, seed: int = 0) -> tuple[Prompt, ...]:  # noqa: PT028 (a split, no test)
@@ -52,7 +53,8 @@ def prompts(split: Split, count: int, seed: int = 0) -> tuple[Prompt, ...]:
     """Different prompts, the kinds in turn: fewer prompts are the beginning of more.
 
     A prompt names either a pair that training never sees or the split's whole combination (`combination`): what it
-    asks for was not trained. Raises `InputError` for a count below 1 or above 5000, and for a negative seed.
+    asks for was not trained. Raises `InputError` for a negative seed and a count below 1, above 5000 or above what the
+    split has.
     """
     if not 1 <= count <= 5000 or seed < 0:
         raise InputError(
@@ -62,7 +64,18 @@ def prompts(split: Split, count: int, seed: int = 0) -> tuple[Prompt, ...]:
             action="correct the argument",
         )
     streams = [_prompts_of_kind(kind, split, seed) for kind in KINDS]
-    return tuple(next(streams[index % len(KINDS)]) for index in range(count))
+    found: list[Prompt] = []
+    while len(found) < count:
+        prompt = next(streams[len(found) % len(KINDS)], None)
+        if prompt is None:
+            raise InputError(
+                f"the {split} split has no {count} different prompts",
+                received=f"count {count}",
+                expected=f"at most {len(found)}: there are no more of kind '{KINDS[len(found) % len(KINDS)]}'",
+                action="ask for fewer",
+            )
+        found.append(prompt)
+    return tuple(found)
 
 
 def expectation_of(scene: Scene) -> Expectation:
@@ -73,7 +86,10 @@ def expectation_of(scene: Scene) -> Expectation:
 def _prompts_of_kind(kind: str, split: Split, seed: int) -> Iterator[Prompt]:
     told: set[str] = set()
     first = (seed * len(KINDS) + KINDS.index(kind)) * _SCENES_PER_KIND
-    for scene_seed in count_from(first):
+    fresh = first
+    for scene_seed in range(first, first + _SCENES_PER_KIND):
+        if scene_seed - fresh > _SCENES_WITHOUT_NEW:
+            return
         facts = facts_of(sample_scene(scene_seed, split))
         if not _SUITS[kind](facts):
             continue
@@ -81,6 +97,7 @@ def _prompts_of_kind(kind: str, split: Split, seed: int) -> Iterator[Prompt]:
         text = english.sentence(content, english.words)
         if text not in told:
             told.add(text)
+            fresh = scene_seed
             yield Prompt(text, kind, _expectation(content))
 
 

@@ -193,6 +193,11 @@ def test_impossible_prompts_are_refused(count: int, seed: int) -> None:
         scene_prompts.test_prompts(count, seed)
 
 
+def test_more_prompts_than_a_split_has_are_refused() -> None:
+    with pytest.raises(InputError, match=r"at most \d+: there are no more of kind 'single'"):
+        prompts("validation", 500)
+
+
 def test_summary() -> None:
     right = score(PROMPT, PictureReading("green", (CIRCLE, SQUARE)))
     wrong = score(PROMPT, PictureReading("cyan", (CIRCLE, SQUARE)))
