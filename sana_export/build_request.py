@@ -29,7 +29,8 @@ class CalibrationSettings:
     """
 
     prompts: Path | None = None
-    num_prompts: int = 4
+    # A channel that no prompt excites is clipped; the steps also are the gate's.
+    num_prompts: int = 8
     num_steps: int = 8
     seed: int = 0
     side: int = 512

@@ -70,7 +70,7 @@ def run(
             "else shipped ones.",
         ),
     ] = None,
-    calibration_prompts: Annotated[int, typer.Option(metavar="N", help="How many of the prompts are painted.")] = 4,
+    calibration_prompts: Annotated[int, typer.Option(metavar="N", help="How many of the prompts are painted.")] = 8,
     calibration_steps: Annotated[int, typer.Option(metavar="N", help="Solver steps per prompt.")] = 8,
     calibration_side: Annotated[
         int, typer.Option(metavar="PX", help="Longest side of the pictures painted for calibration and gate.")
