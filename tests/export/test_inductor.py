@@ -163,10 +163,10 @@ def observed_scales(
     reference_outputs(module, plan, feeds)
     for handle in handles:
         handle.remove()
+    # Pieces must compute with any alpha: where calibration would search for it, one is taken.
+    alphas = {name: 0.8 if rule.smoothing_alpha == "search" else rule.smoothing_alpha for name, rule in rules.items()}
     return {
-        name: layer_scales_of_channels(
-            channels, weight_of(module, plan.prefix + name), rules[name].smoothing_alpha, "float32"
-        )
+        name: layer_scales_of_channels(channels, weight_of(module, plan.prefix + name), alphas[name], "float32")
         for name, channels in found.items()
     }
 

@@ -238,7 +238,7 @@ def _eager(bundle: Path, component: Any, feeds: dict[str, np.ndarray]) -> tuple[
     assert recipe is not None
     from sana_calibration.scales import Scales
 
-    quantized = prepare_recipe(recipe, request, plans)
+    quantized = prepare_recipe(recipe, request, plans, ("a cat",))
     scales = Scales.load(bundle / "quantization" / "calibration.safetensors", weights={}, recipe=recipe.digest)
     stage = InductorStage(checkpoint, request, quantized, scales)
     plan = next(plan for plan in plans if plan.name == component.name)
