@@ -164,8 +164,8 @@ def check_tensorrt() -> tuple[Finding, ...]:
 
 
 def _builder_finding(name: str, candidates: tuple[Candidate, ...], remedy: str) -> Finding:
-    unused = [f"{candidate.name}: {candidate.reason}" for candidate in candidates if candidate.library is None]
-    chosen = [candidate.reason for candidate in candidates if candidate.library is not None]
+    unused = [f"{candidate.name}: {candidate.reason}" for candidate in candidates if candidate.builder is None]
+    chosen = [candidate.reason for candidate in candidates if candidate.builder is not None]
     if chosen:
         return Finding(name, "ok", "; not used: ".join(filter(None, (chosen[0], "; ".join(unused)))))
     return Finding(name, "warn", "; ".join(unused), remedy)

@@ -384,12 +384,12 @@ class Stages:
             return [path], {**measured, "plugin_layers": result.plugin_layers, "plan_bytes": result.size}
 
         inputs = {entry.path: entry.sha256 for entry in (*graph_files, *plugins)}
-        inputs |= {"builder": library.builder_name, "builder version": library.library_version}
+        inputs |= {"builder": library.builder_name, "builder version": library.version}
         self.run(stage, inputs, make)
         # The quick form's kernels are inside the plan.
         travelling = plugins if form == "class" else ()
         files = (f"{plan.name}/{target}.plan", *(entry.path for entry in travelling))
-        return EngineEntry(target, files, library.builder_name, library.library_version, form if plugins else "none")
+        return EngineEntry(target, files, library.builder_name, library.version, form if plugins else "none")
 
     def _inductor(self, plan: ComponentPlan, digest: str) -> EngineEntry:
         """The component's pieces, compiled for this machine."""

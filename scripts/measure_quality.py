@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -56,7 +56,7 @@ from sana_export.weights.checkpoint import SHIPPED_MODEL, SHIPPED_SIDE, open_che
 from sana_runtime.contract import COMPONENTS, ComponentName
 from sana_runtime.errors import BuildError, SanaError
 from sana_runtime.files import whole_file
-from sana_runtime.manifest import SchedulerEntry
+from sana_runtime.manifest import MANIFEST_NAME, SchedulerEntry, read_manifest
 from sana_runtime.pipeline import Pipeline, draw_noise, seeded_generator
 from sana_runtime.scheduler import StepTable, step_table
 
@@ -89,6 +89,13 @@ class Way:
         """Whether it paints with a bundle, or with a bundle's scales."""
         return self.target == "onnxruntime" or self.precision in RECIPES
 
+    @property
+    def recipe(self) -> str:
+        """Digest of the recipe with fp32 beside it; empty for a plain dtype."""
+        if self.precision not in RECIPES:
+            return ""
+        return replace(load_recipe(self.precision), base_dtype="float32").digest
+
 
 @dataclass(frozen=True)
 class Row:
@@ -112,6 +119,7 @@ class Row:
     worst_psnr_db: float | None
     ssim: float | None
     weights: str
+    recipe: str
     device: str
     versions: str
     commit: str
@@ -250,22 +258,31 @@ def paint_with_bundle(bundle: Path, texts: Sequence[str], solver: str, steps: in
             yield future.result()
 
 
-def build_bundle(folder: Path, precision: str) -> Path:
-    """The bundle of a precision, built unless it is there. fp32 beside what a recipe quantises: it runs on any CPU."""
-    bundle = folder / precision
-    if not (bundle / "manifest.json").exists():
+def build_bundle(folder: Path, way: Way) -> Path:
+    """The bundle of a precision, built unless it is there, by the recipe as it is now. fp32 beside what a recipe
+    quantises: it runs on any CPU.
+    """
+    precision, bundle = way.precision, folder / way.precision
+    if not _is_built(bundle, way.recipe):
         base = ["--base-precision", "fp32"] if precision in RECIPES else []
         command = [sys.executable, "-m", "sana_export", "build", SHIPPED_MODEL, "--precision", precision, *base]
         # A missed gate is a figure here, no obstacle.
         subprocess.run([*command, "--target", "onnxruntime", "--no-gate", "--output", str(bundle)], check=False)
-    if not (bundle / "manifest.json").exists():
+    if not _is_built(bundle, way.recipe):
         raise BuildError(
             f"no bundle of {precision}",
-            received=f"{bundle} is still missing",
+            received=f"{bundle} is missing, or of another recipe",
             expected="a bundle",
             action="see the build's own message above",
         )
     return bundle
+
+
+def _is_built(bundle: Path, recipe: str) -> bool:
+    if not (bundle / MANIFEST_NAME).exists():
+        return False
+    quantization = read_manifest(bundle).quantization
+    return (quantization.recipe_digest if quantization else "") == recipe
 
 
 # --- Judging ---
@@ -280,7 +297,7 @@ def judged(picture: Pixels, prompt: Prompt, reference: Pixels) -> Judged:
 class Measurement:
     """All rows of one command. Reference pictures are kept in memory, a set per solver and number of steps."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
+    def __init__(self, arguments: argparse.Namespace, pool: ProcessPoolExecutor) -> None:
         self.prompts = test_prompts(arguments.prompts)
         self.texts = tuple(prompt.text for prompt in self.prompts)
         self.bundles: Path = arguments.bundles
@@ -289,13 +306,13 @@ class Measurement:
         self.commit: str = arguments.commit
         self.painters: dict[str, ModulePainter] = {}
         self.references: dict[Way, list[Pixels]] = {}
-        self.pool = ProcessPoolExecutor(self.cores, get_context("spawn"))
+        self.pool = pool
         checkpoint = open_checkpoint(SHIPPED_MODEL)
         self.weights = checkpoint.digest("transformer")[:12]
 
     def pictures(self, way: Way) -> Iterator[Pixels]:
         """Paint."""
-        bundle = build_bundle(self.bundles, way.precision) if way.needs_bundle else None
+        bundle = build_bundle(self.bundles, way) if way.needs_bundle else None
         if way.target == "onnxruntime":
             assert bundle is not None
             yield from paint_with_bundle(bundle, self.texts, way.solver, way.steps, self.cores)
@@ -332,6 +349,7 @@ class Measurement:
             worst_psnr_db=round(min(psnrs), 2) if compared else None,
             ssim=round(sum(item.ssim for item in found) / len(found), 4) if compared else None,
             weights=self.weights,
+            recipe=way.recipe[:12],
             device=self._device_name(way),
             versions=f"torch {torch.__version__}, onnxruntime {version('onnxruntime')}",
             commit=self.commit,
@@ -399,32 +417,32 @@ def main() -> int:
     arguments = parser.parse_args()
     # fp32 is fp32.
     torch.backends.cudnn.allow_tf32 = False
-    begun = time.monotonic()
     try:
-        measurement = Measurement(arguments)
-        rows: list[dict[str, Any]] = list(read_rows(arguments.rows))
-        known = {(*_key(row), row["weights"], row["prompts"]) for row in rows}
-        for way in _chosen(arguments):
-            late = arguments.minutes is not None and time.monotonic() - begun > 60 * arguments.minutes
-            key = tuple(map(str, asdict(way).values()))
-            done = (*key, measurement.weights, str(len(measurement.texts))) in known
-            if late or done:
-                continue
-            row = asdict(measurement.row(way))
-            rows = [other for other in rows if _key(other) != key] + [row]
-            write_rows(arguments.rows, rows)
-            print(
-                f"[{time.monotonic() - begun:6.0f} s] {' '.join(key)}: {row['overall']:.1%} of {row['prompts']}, "
-                f"PSNR {row['psnr_db']} dB (worst {row['worst_psnr_db']}), SSIM {row['ssim']}",
-                flush=True,
-            )
+        with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+            _measure(arguments, Measurement(arguments, pool))
     except SanaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    finally:
-        if "measurement" in locals():
-            measurement.pool.shutdown(cancel_futures=True)
     return 0
+
+
+def _measure(arguments: argparse.Namespace, measurement: Measurement) -> None:
+    begun = time.monotonic()
+    rows: list[dict[str, Any]] = list(read_rows(arguments.rows))
+    known = {(*_key(row), row["weights"], row.get("recipe", ""), row["prompts"]) for row in rows}
+    for way in _chosen(arguments):
+        late = arguments.minutes is not None and time.monotonic() - begun > 60 * arguments.minutes
+        key = tuple(map(str, asdict(way).values()))
+        if late or (*key, measurement.weights, way.recipe[:12], str(len(measurement.texts))) in known:
+            continue
+        row = asdict(measurement.row(way))
+        rows = [other for other in rows if _key(other) != key] + [row]
+        write_rows(arguments.rows, rows)
+        print(
+            f"[{time.monotonic() - begun:6.0f} s] {' '.join(key)}: {row['overall']:.1%} of {row['prompts']}, "
+            f"PSNR {row['psnr_db']} dB (worst {row['worst_psnr_db']}), SSIM {row['ssim']}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

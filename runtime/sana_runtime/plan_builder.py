@@ -131,7 +131,7 @@ def build_plan(
         peak_memory_mib=built.peak_memory_mib,
         size=plan.stat().st_size,
         builder=library.builder_name,
-        builder_version=library.library_version,
+        builder_version=library.version,
         layers=built.layers,
         plugin_layers=built.plugin_layers,
     )
@@ -248,7 +248,7 @@ def _failure(
     onnx: Path, library: TensorrtLibrary, last: Built | Failed | Progress | None, exit_code: int, log: str
 ) -> Exception:
     """The error for the person: what ended the compiler, and its last words."""
-    name = f"{library.builder_name} {library.library_version}"
+    name = f"{library.builder_name} {library.version}"
     if isinstance(last, Failed):
         return _reported_failure(f"{onnx}: {name}", onnx, last, log)
     if exit_code == -signal.SIGKILL:

@@ -37,7 +37,7 @@ class TensorrtLibrary:
     target: TargetName
     kind: LibraryKind
     module: str
-    library_version: str
+    version: str
     bindings_version: str
     reason: str
     environment: dict[str, str] = field(default_factory=dict, hash=False)
@@ -50,11 +50,11 @@ class TensorrtLibrary:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One place looked at. `library` is None when it cannot be used, and `reason` says why, in one line."""
+    """One place looked at. `builder` is None when it cannot be used, and `reason` says why, in one line."""
 
     name: str
     reason: str
-    library: TensorrtLibrary | None = None
+    builder: TensorrtLibrary | None = None
 
 
 def find_tensorrt(target: TargetName) -> TensorrtLibrary:
@@ -64,8 +64,8 @@ def find_tensorrt(target: TargetName) -> TensorrtLibrary:
     """
     candidates = examine_tensorrt(target)
     for candidate in candidates:
-        if candidate.library is not None:
-            return candidate.library
+        if candidate.builder is not None:
+            return candidate.builder
     raise TargetError(
         f"target '{target}': no {_BUILDER_NAMES[target]} builder on this machine",
         received="\n    ".join(("", *(f"{candidate.name}: {candidate.reason}" for candidate in candidates))),
@@ -99,7 +99,7 @@ def examine_tensorrt(target: TargetName) -> tuple[Candidate, ...]:
     candidates: list[Candidate] = []
     for module in modules:
         candidates.append(_examine_module(target, module))
-        if candidates[-1].library is not None:
+        if candidates[-1].builder is not None:
             return tuple(candidates)
     if target == "tensorrt-rtx":
         candidates.append(_examine_two_wheels())
@@ -115,9 +115,9 @@ def _examine_module(target: TargetName, module: str) -> Candidate:
         return Candidate(name, found)
     if found.is_rtx != (target == "tensorrt-rtx"):
         is_what = "TensorRT-RTX" if found.is_rtx else "the full TensorRT"
-        return Candidate(name, f"it is {is_what} {found.library_version}, not {_BUILDER_NAMES[target]}")
-    reason = f"{_BUILDER_NAMES[target]} {found.library_version} from module {module}"
-    library = TensorrtLibrary(target, "vendor", module, found.library_version, found.bindings_version, reason)
+        return Candidate(name, f"it is {is_what} {found.version}, not {_BUILDER_NAMES[target]}")
+    reason = f"{_BUILDER_NAMES[target]} {found.version} from module {module}"
+    library = TensorrtLibrary(target, "vendor", module, found.version, found.bindings_version, reason)
     return Candidate(name, reason, library)
 
 
@@ -131,14 +131,14 @@ def _examine_two_wheels() -> Candidate:
     if isinstance(found, str):
         return Candidate(name, found)
     reason = (
-        f"TensorRT-RTX {found.library_version} of {'=='.join(two_wheels.LIBRARY_WHEEL)}, driven by "
+        f"TensorRT-RTX {found.version} of {'=='.join(two_wheels.LIBRARY_WHEEL)}, driven by "
         f"{'=='.join(two_wheels.BINDINGS_WHEEL)}"
     )
     library = TensorrtLibrary(
         target="tensorrt-rtx",
         kind="two_wheels",
         module=two_wheels.BINDINGS_MODULE,
-        library_version=found.library_version,
+        version=found.version,
         bindings_version=found.bindings_version,
         reason=reason,
         environment=environment,
@@ -150,7 +150,7 @@ def _examine_two_wheels() -> Candidate:
 class _Found:
     """What the probe child reports."""
 
-    library_version: str
+    version: str
     bindings_version: str
     is_rtx: bool
 

@@ -14,7 +14,7 @@ _LIBRARY_NAMES = ("libtensorrt_rtx.so", "libnvinfer.so")
 
 
 def main() -> None:
-    """Print {"library_version", "bindings_version", "is_rtx"} of the module named on the command line."""
+    """Print {"version", "bindings_version", "is_rtx"} of the module named on the command line."""
     trt = importlib.import_module(sys.argv[1])
     for needed in ("Builder", "OnnxParser", "IProgressMonitor", "Logger"):
         if not hasattr(trt, needed):
@@ -23,7 +23,7 @@ def main() -> None:
     builder.create_builder_config()
     library = loaded_library()
     found = {
-        "library_version": _version_of(library) or trt.__version__,
+        "version": _version_of(library) or trt.__version__,
         "bindings_version": trt.__version__,
         "is_rtx": _is_rtx(trt, library),
     }

@@ -71,9 +71,9 @@ def write_onnx(path: Path, *, size: int = 16, op_type: str = "MatMul", external:
 @pytest.fixture
 def rtx() -> TensorrtLibrary:
     last = examine_tensorrt("tensorrt-rtx")[-1]
-    if last.library is None:
+    if last.builder is None:
         pytest.skip(f"no TensorRT-RTX builder: {last.reason}")
-    return last.library
+    return last.builder
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_real_build_gives_a_plan(rtx: TensorrtLibrary, tmp_path: Path, external:
     seen: list[PlanProgress] = []
     result = build_plan(onnx, tmp_path / "model.plan", "tensorrt-rtx", on_progress=seen.append)
     assert result.size == (tmp_path / "model.plan").stat().st_size > 1000
-    assert (result.builder, result.builder_version) == ("TensorRT-RTX", rtx.library_version)
+    assert (result.builder, result.builder_version) == ("TensorRT-RTX", rtx.version)
     assert result.layers >= 1
     assert result.seconds > 0
     assert 10 < result.peak_memory_mib < 4096

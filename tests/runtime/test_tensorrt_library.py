@@ -94,7 +94,7 @@ def reason_of(target: str, name: str) -> str:
 def test_vendor_module_is_preferred(modules: Path) -> None:
     (modules / "tensorrt_rtx.py").write_text(RTX_SOURCE)
     library = find_tensorrt("tensorrt-rtx")
-    assert (library.kind, library.module, library.library_version) == ("vendor", "tensorrt_rtx", "1.9.0.1")
+    assert (library.kind, library.module, library.version) == ("vendor", "tensorrt_rtx", "1.9.0.1")
     assert library.builder_name == "TensorRT-RTX"
     assert library.environment == {}
 
@@ -102,7 +102,7 @@ def test_vendor_module_is_preferred(modules: Path) -> None:
 def test_module_tensorrt_serves_rtx_only_if_it_is_rtx(modules: Path, no_wheels: None) -> None:
     (modules / "tensorrt.py").write_text(FULL_SOURCE)
     assert "it is the full TensorRT 10.3.0, not TensorRT-RTX" in reason_of("tensorrt-rtx", "module tensorrt")
-    assert find_tensorrt("tensorrt").library_version == "10.3.0"
+    assert find_tensorrt("tensorrt").version == "10.3.0"
 
 
 def test_module_tensorrt_that_is_rtx(modules: Path, no_wheels: None) -> None:
@@ -249,10 +249,10 @@ def test_two_processes_build_the_folder_at_once(fake_wheels: Path) -> None:
 @pytest.mark.tensorrt
 def test_real_two_wheels_start_in_a_child() -> None:
     candidate = tensorrt_library._examine_two_wheels()
-    if candidate.library is None:
+    if candidate.builder is None:
         pytest.skip(f"{candidate.name}: {candidate.reason}")
-    assert candidate.library.library_version == "1.7.1.116"
-    assert candidate.library.bindings_version == two_wheels.BINDINGS_WHEEL[1]
+    assert candidate.builder.version == "1.7.1.116"
+    assert candidate.builder.bindings_version == two_wheels.BINDINGS_WHEEL[1]
     assert "tensorrt_bindings" not in sys.modules
 
 
