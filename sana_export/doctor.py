@@ -5,6 +5,7 @@ Every check is a function that returns `Finding`s and never raises: a broken mac
 
 import importlib
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from sana_export.inductor.toolchain import cxx_compiler, cxx_problem
 from sana_runtime.environment import c_compiler
 from sana_runtime.errors import SanaError
 from sana_runtime.manifest import read_manifest, verify_files
@@ -57,6 +59,7 @@ def examine_machine() -> Iterable[Finding]:
         check_memory,
         check_disk,
         check_compiler,
+        check_cxx_compiler,
     )
     for check in checks:
         yield from check()
@@ -241,6 +244,17 @@ def check_compiler() -> tuple[Finding, ...]:
         return (Finding("C compiler", "ok", " ".join(command)),)
     remedy = "install gcc or clang: the RTX builder of 'sana-export[rtx-builder]' and Triton need one"
     return (Finding("C compiler", "warn", "none found", remedy),)
+
+
+def check_cxx_compiler() -> tuple[Finding, ...]:
+    """The C++ compiler, which the target `inductor` needs while it builds."""
+    command = cxx_compiler()
+    problem = cxx_problem(command)
+    detail = shlex.join(command)
+    if problem is None:
+        return (Finding("C++ compiler", "ok", detail),)
+    remedy = "for the target inductor: install g++ with its libstdc++.so, or name another compiler in CXX"
+    return (Finding("C++ compiler", "warn", f"{detail}: {problem}", remedy),)
 
 
 def check_bundle(bundle: Path) -> tuple[Finding, ...]:

@@ -5,8 +5,8 @@
     python scripts/measure_builds.py random:0.6b --precision fp8 --calibration 2,4,256
     python scripts/measure_builds.py random:0.6b --precision int8 --targets onnxruntime --calibration 2,4,256
 
-Every row is a stage of a fresh build: seconds, peak resident memory, size of its files, and the memory bound it is
-held against (twice the largest component's 16-bit weights plus 4 GiB).
+Every row is a stage of a fresh build: seconds, peak resident memory, size of its files, the memory bound it is held
+against (twice the largest component's 16-bit weights plus 4 GiB), and of the gate what it found.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from sana_export.bundle import read_build_record
 from sana_export.commands.build import ProgressReport
 from sana_export.weights.checkpoint import open_checkpoint
 from sana_runtime.contract import COMPONENTS
+from sana_runtime.manifest import Manifest
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "builds.csv"
 COLUMNS = [
@@ -43,6 +44,7 @@ COLUMNS = [
     "files_mib",
     "within_bound",
     "versions",
+    "gate",
 ]
 
 
@@ -98,10 +100,18 @@ def measure(
                 "peak_memory_mib": peak,
                 "files_mib": round(sum(entry.size for entry in record.files) / 2**20, 1),
                 "within_bound": "yes" if peak <= bound else "no",
+                "gate": _gate(manifest) if stage == "gate" else "",
             }
         )
     shutil.rmtree(output)
     return rows
+
+
+def _gate(manifest: Manifest) -> str:
+    gate = manifest.quantization.gate if manifest.quantization else None
+    assert gate is not None, "a stage 'gate' leaves an entry"
+    figures = f"x0 SQNR {gate.x0_sqnr_db:.1f} dB; PSNR {gate.psnr_db:.1f} dB; SSIM {gate.ssim:.3f}"
+    return f"{'passed' if gate.passed else 'MISSED'}: {figures}; {gate.prompts} prompts; {gate.num_steps} steps"
 
 
 def _processor() -> str:
@@ -132,6 +142,7 @@ def main() -> None:
             height, width = (int(side) for side in size.split("x"))
             components = tuple(arguments.components.split(","))
             targets = tuple(arguments.targets.split(","))
+            arguments.folder.mkdir(parents=True, exist_ok=True)
             prompts, steps, side = (int(figure) for figure in arguments.calibration.split(","))
             settings = CalibrationSettings(num_prompts=prompts, num_steps=steps, side=side)
             with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:

@@ -324,6 +324,8 @@ def builds(rows: Sequence[RowDict]) -> list[str]:
     table = []
     for key, group in grouped(rows, "model", "precision", "height", "width").items():
         seconds: dict[str, float] = defaultdict(float)
+        # A stage that was measured again counts once.
+        group = list({row["stage"]: row for row in group}.values())
         for row in group:
             part = row["stage"].partition("/")[2] or row["stage"]
             seconds[part] += float(row["seconds"])
@@ -333,8 +335,8 @@ def builds(rows: Sequence[RowDict]) -> list[str]:
         peak = max(float(row["peak_memory_mib"]) for row in group)
         cells = [f"{key[0]}, {key[1]}, {key[3]} x {key[2]} px", ", ".join(parts)]
         cells += [digits(seconds[name]) if name in seconds else "" for name in _BUILD_PARTS]
-        table.append([*cells, f"{peak:.0f}"])
-    header = ["bundle", "components", "calibration s", "ONNX s", "TensorRT-RTX plans s", "gate s", "peak MiB"]
+        table.append([*cells, f"{peak:.0f}", next((row["gate"] for row in group if row["gate"]), "")])
+    header = ["bundle", "components", "calibration s", "ONNX s", "TensorRT-RTX plans s", "gate s", "peak MiB", "gate"]
     machines = ", ".join(dict.fromkeys(row["machine"] for row in rows))
     return ["### Builds without a GPU", "", f"{machines}.", "", *markdown(header, table)]
 

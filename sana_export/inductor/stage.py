@@ -16,6 +16,7 @@ from sana_export.build_request import BuildRequest
 from sana_export.components import ComponentPlan
 from sana_export.inductor.compile import OnPiece, compile_component
 from sana_export.inductor.prepare import Prepared, prepare
+from sana_export.inductor.toolchain import check_cxx
 from sana_export.quantize import QuantizedBuild
 from sana_export.weights.checkpoint import Checkpoint
 from sana_kernels.modulated_norm.api import Impl
@@ -77,6 +78,7 @@ class InductorStage:
 
     def build(self, plan: ComponentPlan, folder: Path, on_piece: OnPiece) -> tuple[list[Path], tuple[str, ...]]:
         """Compile a component into `folder`: its files, the program first, and notes for people."""
+        check_cxx()
         prepared = self.prepare(plan)
         return compile_component(prepared, plan.inputs, folder, on_piece), prepared.notes
 

@@ -18,6 +18,7 @@ WORK/model, a diffusers directory with its card; WORK holds curves, sheets of sa
 """
 
 import argparse
+import faulthandler
 import functools
 import os
 import sys
@@ -54,6 +55,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--size", choices=tuple(SIZES), default="nano")
     parser.add_argument("--minutes", type=float, default=18, help="of training, all stages together (default: 18)")
     parser.add_argument("--session-minutes", type=float, help="stop in time to be run again; default: no limit")
+    parser.add_argument(
+        "--stall-minutes",
+        type=float,
+        help="without a message, then say where every thread is and end; default: 3 on a GPU, 0 (never) on a CPU",
+    )
     parser.add_argument("--smoke", action="store_true", help="a minute of training in all, few scenes and prompts")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, help="processes for scenes and scores; default: the cores, 0 on a CPU")
@@ -123,7 +129,9 @@ def _run(arguments: argparse.Namespace) -> int:
             return 0
         if arguments.unpack_checkpoint:
             unpack_checkpoints(arguments.unpack_checkpoint, arguments.work)
-        if run.train():
+        finished = run.train()
+        faulthandler.cancel_dump_traceback_later()
+        if finished:
             run.export()
             if not arguments.no_evaluation:
                 run.evaluate()
@@ -140,6 +148,8 @@ def _run(arguments: argparse.Namespace) -> int:
 def _prepare(device: torch.device, attention: str) -> None:
     """Settings of PyTorch for this process."""
     torch._dynamo.config.recompile_limit = 64
+    # A training once hung where its compiler's processes, stopped after a minute without work, were wanted again.
+    torch._inductor.config.quiesce_async_compile_pool = False
     torch.backends.cudnn.benchmark = device.type == "cuda"
     # fp32 is fp32; training's products are bf16 by autocast.
     torch.backends.cudnn.allow_tf32 = False
@@ -152,6 +162,7 @@ def _prepare(device: torch.device, attention: str) -> None:
 def _session(arguments: argparse.Namespace, device: torch.device, begun: float) -> Session:
     on_gpu = device.type == "cuda"
     minutes = arguments.session_minutes
+    stall_minutes = arguments.stall_minutes if arguments.stall_minutes is not None else 3.0 if on_gpu else 0.0
     arguments.work.mkdir(parents=True, exist_ok=True)
 
     def log(text: str) -> None:
@@ -159,6 +170,8 @@ def _session(arguments: argparse.Namespace, device: torch.device, begun: float) 
         print(line, flush=True)
         with (arguments.work / "train.log").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+        if stall_minutes:
+            faulthandler.dump_traceback_later(60 * stall_minutes, exit=True)
 
     return Session(
         work=arguments.work,
