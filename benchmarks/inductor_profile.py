@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch._inductor.config
@@ -281,7 +281,8 @@ def make_step(
     side = session.arguments.side // 32
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     impl = "triton" if session.on_gpu else "reference"
-    layout = dit.TransformerLayout(config, dtype, side, side, 2, impl)
+    fused = session.arguments.fused_products
+    layout = dit.TransformerLayout(config, dtype, side, side, 2, impl, fused_products=fused)
     codes = {"fp8": FP8, "int8": INT8}.get(precision)
     values: Values = {}
     forms = {}
@@ -586,8 +587,8 @@ def cross_attention_tilings(session: Session, size: str, inputs: Any, heads: int
     chosen = kernels.tiling
     tilings = [
         kernels.Tiling(tokens, keys, warps, stages)
-        for tokens, keys, warps in ((128, 64, 8), (128, 64, 4), (64, 64, 4), (64, 128, 4), (128, 128, 8))
-        for stages in (1, 2)
+        for tokens, keys, warps in ((128, 64, 8), (64, 64, 4), (64, 128, 4), (64, 32, 4), (128, 32, 8), (128, 32, 4))
+        for stages in (2, 3, 4)
     ]
     tensors = (inputs.query, inputs.key_value, inputs.bias, torch.full_like(inputs.counts, CAPTION_LENGTH))
     try:
@@ -838,6 +839,12 @@ def main() -> int:
     parser.add_argument("--side", type=int, default=1024, help="picture side in pixels")
     parser.add_argument(
         "--prompt-tokens", type=int, default=CAPTION_LENGTH, help="valid caption tokens of 300, in both halves"
+    )
+    parser.add_argument(
+        "--fused-products",
+        default=dit.TransformerLayout.fused_products,
+        choices=get_args(dit.FusedProducts),
+        help="which products with a residual behind them our kernel computes",
     )
     parser.add_argument("--budget-s", type=float, default=540.0, help="start no further part after this many seconds")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))

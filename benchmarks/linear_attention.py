@@ -2,6 +2,7 @@
 
     python benchmarks/linear_attention.py             # check, measure, write the rows; needs a GPU
     python benchmarks/linear_attention.py --render    # write the README's table from the rows; needs none
+    python benchmarks/linear_attention.py --sweep     # time other tilings of the forward, print them, write nothing
 
 Every case is compared with an fp64 oracle first (forward and all gradients); a failure ends the run and no time
 is written. Peers: the eager reference, and torch.compile of it. Times are of CUDA graph replays, so that launches
@@ -10,6 +11,10 @@ from Python do not count, over enough input sets that no input is still in the L
 Bytes are the floor: qkv read once and the result written once; for forward + backward, qkv and the gradient read
 and the gradient of qkv written on top. GB/s is the floor over the measured time, whatever was really moved. The
 ceiling is the faster of two copies measured in the same run.
+
+A sweep starts from the tilings in use and changes one kernel's at a time, keeping what was fastest; then it tries the
+forward in one launch. Every candidate is held to the oracle before it is timed, twice: over input sets that are not in
+the cache, and over one that is, as in a block, whose product has just written it. The second decides.
 """
 
 import argparse
@@ -18,8 +23,10 @@ import dataclasses
 import datetime
 import statistics
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -31,7 +38,11 @@ from sana_kernels.linear_attention.testing import (
     Inputs,
     make_inputs,
     verify,
+    verify_tilings,
 )
+
+if TYPE_CHECKING:
+    from sana_kernels.linear_attention.triton import Tiling, Tilings
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = ROOT / "benchmarks" / "results" / "linear_attention.csv"
@@ -47,6 +58,19 @@ CASES = {
     "decoder stage 3, 1024 px, fp32": Case(1, 16384, 512, dtype=torch.float32),
 }
 TRAINED = ("0.6B transformer, 1024 px", "0.6B transformer, 4096 px", "Sprint 0.6B, 1024 px")
+FP8 = torch.float8_e4m3fn
+# What a sweep times: the transformers write the codes of the next product.
+SWEPT = {
+    "0.6B transformer, 1024 px": Case(2, 1024, 1152, out_dtype=FP8),
+    "1.6B transformer, 1024 px": Case(2, 1024, 2240, out_dtype=FP8),
+    "Sprint 0.6B, 1024 px": Case(1, 1024, 1152, qk_norm=True, out_dtype=FP8),
+    "0.6B transformer, 4096 px": Case(2, 16384, 1152, out_dtype=FP8),
+    "decoder stage 3, 1024 px": Case(1, 16384, 512),
+    "decoder stage 5, 1024 px": Case(1, 1024, 1024),
+}
+# One launch reads k and v once per part of the tokens: not for many.
+_FUSED_TOKENS = 4096
+_CACHED_CALLS = 20
 _CACHE_BYTES = 200 << 20
 _COPY_BYTES = 1 << 30
 _REPEATS = 21
@@ -84,9 +108,12 @@ def main() -> None:
     """Measure, or render."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--render", action="store_true", help="write the README's table and stop")
+    parser.add_argument("--sweep", action="store_true", help="time tilings of the forward and stop")
     parser.add_argument("--commit", default="", help="what the rows call the commit, where git cannot tell")
     parser.add_argument("--output", type=Path, default=ROWS, help="file of rows to write (CSV)")
     arguments = parser.parse_args()
+    if arguments.sweep:
+        sys.exit(sweep())
     if not arguments.render:
         write_rows(arguments.output, [*measure(arguments.commit)])
     if arguments.output == ROWS:
@@ -159,11 +186,13 @@ def floor_bytes(case: Case, measured: str) -> int:
     return arrays * case.batch * case.tokens * case.channels * case.dtype.itemsize
 
 
-def graph_times_us(case: Case, op: Op, *, backward: bool) -> list[float]:
-    """Sorted times per call, in microseconds, of a CUDA graph that calls `op` once per input set."""
+def graph_times_us(case: Case, op: Op, *, backward: bool, cached: bool = False) -> list[float]:
+    """Sorted times per call, in microseconds, of a CUDA graph that calls `op` once per input set; `cached`: several
+    times on one.
+    """
     sets = max(2, -(-_CACHE_BYTES // (3 * case.batch * case.tokens * case.channels * case.dtype.itemsize)))
-    inputs = [make_inputs(case, "cuda", seed) for seed in range(sets)]
-    calls = [_call(op, one, backward) for one in inputs]
+    inputs = [make_inputs(case, "cuda", seed) for seed in range(1 if cached else sets)]
+    calls = [_call(op, one, backward) for one in inputs] * (_CACHED_CALLS if cached else 1)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):  # compile and allocate before the capture
         for call in calls[:2] * 2:
@@ -172,7 +201,7 @@ def graph_times_us(case: Case, op: Op, *, backward: bool) -> list[float]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         results = [call() for call in calls]  # kept: each call writes memory of its own
-    assert len(results) == sets
+    assert len(results) == len(calls)
     return replay_times_us(graph, len(calls))
 
 
@@ -232,6 +261,89 @@ def describe_machine(commit: str) -> dict[str, str]:
 def _first_line(command: list[str]) -> str:
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return run.stdout.strip().partition("\n")[0] or "unknown"
+
+
+# --- Other tilings ---
+
+
+def sweep() -> int:
+    """Print the times of every candidate and the fastest of each case; return how many candidates were wrong."""
+    from sana_kernels.linear_attention import triton as kernels
+
+    environment = describe_machine("")
+    print(f"{environment['gpu']}, torch {environment['torch']}, triton {environment['triton']}; microseconds")
+    wrong = 0
+    for name, case in SWEPT.items():
+        best = kernels.tilings(case.dtype.itemsize, case.head_dim)
+        for kernel in ("state", "apply", "fused"):
+            if kernel == "fused" and case.tokens > _FUSED_TOKENS:
+                continue
+            times: dict[Tilings, float] = {}
+            for tiling in candidates(kernel, best):
+                tiles = dataclasses.replace(best, fused_tokens=_FUSED_TOKENS, **{kernel: tiling})
+                print(f"{name:26} {kernel:6} {_spelled(tiling):26}", end=" ", flush=True)
+                try:
+                    verify_tilings(case, "cuda", tiles)
+                except AssertionError as error:
+                    wrong += 1
+                    print(f"WRONG {error}")
+                    continue
+                except Exception as error:  # the compiler raises whatever it likes; the GPU may be too small
+                    print("cannot run:", (str(error) or type(error).__name__).splitlines()[0][:100])
+                    continue
+                cold, times[tiles] = (tiled_time_us(case, tiles, cached=cached) for cached in (False, True))
+                print(f"{cold:8.2f} {times[tiles]:8.2f} cached", flush=True)
+            two = best
+            best = min(times, key=times.__getitem__, default=best)
+            print(f"{name:26} {kernel:6} fastest: {_spelled(getattr(best, kernel))}", flush=True)
+            if kernel == "fused":
+                launches = tiled_time_us(case, two, cached=True)
+                print(f"{name:26} two launches {launches:.2f}, one {times.get(best, float('nan')):.2f} cached")
+    return wrong
+
+
+def candidates(kernel: str, tiles: "Tilings") -> Iterator["Tiling"]:
+    """Tilings to try for one kernel, first the one in use."""
+    from sana_kernels.linear_attention.triton import Tiling
+
+    table = {
+        "state": ((64, 128, 256), (144, 288, 576), ((4, 2), (4, 3), (4, 4), (8, 3))),
+        "apply": ((64, 128), (288, 576, 1152), ((4, 1), (4, 2), (4, 3), (8, 2))),
+        # Programs: one part per head, and about two and four at 72 heads.
+        "fused": ((64, 128, 256), (1, 144, 288), ((4, 2), (4, 3), (4, 4), (8, 2), (8, 3), (8, 4), (16, 3))),
+    }
+    used = getattr(tiles, kernel)
+    if used is not None:
+        yield used
+    rows, programs, warps_and_stages = table[kernel]
+    for block_rows in rows:
+        for warps, stages in warps_and_stages:
+            # A warp works on 16 rows or more, and a thread holds no more than 64 of a block's numbers.
+            if not 16 * warps <= block_rows <= 64 * warps:
+                continue
+            for count in programs:
+                tiling = Tiling(block_rows, count, num_warps=warps, num_stages=stages)
+                if tiling != used:
+                    yield tiling
+
+
+def tiled_time_us(case: Case, tiles: "Tilings", *, cached: bool) -> float:
+    """Median microseconds of the forward with these tilings."""
+    from sana_kernels.linear_attention import triton as kernels
+
+    scale = None if case.out_dtype is None else torch.tensor(0.01, device="cuda")
+
+    def op(inputs: Inputs) -> torch.Tensor:
+        tensors = (inputs.qkv, inputs.norm_q_weight, inputs.norm_k_weight)
+        return kernels.forward(*tensors, case.head_dim, EPS, NORM_EPS, scale, case.out_dtype, tiles=tiles)
+
+    return statistics.median(graph_times_us(case, op, backward=False, cached=cached))
+
+
+def _spelled(tiling: "Tiling | None") -> str:
+    if tiling is None:
+        return "none"
+    return f"{tiling.block_rows} rows {tiling.programs}p {tiling.num_warps}w {tiling.num_stages}s"
 
 
 # --- Rows and their table ---

@@ -6,11 +6,13 @@ A layer `name` owns up to five tensors: `name.weight` [O, I], `name.bias` [O], `
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from sana_kernels.mix_ffn_depthwise.quantization import narrow
+from sana_kernels.scaled_linear import scaled_linear, scaled_linear_codes
 
 Tensors = Mapping[str, torch.Tensor]
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
@@ -43,6 +45,11 @@ class LinearForm:
         """The dtype in which what feeds the layer should write; None for the base dtype."""
         return None if self.smooth else self.activation_dtype
 
+    @property
+    def takes_residual(self) -> bool:
+        """Whether `residual_linear` computes it: not where weights alone are in 8 bits."""
+        return self.activation_dtype == self.weight_dtype
+
     def scale_wanted(self, tensors: Tensors, name: str) -> torch.Tensor | None:
         """The static scale to write with; None for the base dtype."""
         return None if self.codes_wanted is None else tensors[f"{name}.activation_scale"]
@@ -60,6 +67,39 @@ def linear(x: torch.Tensor, tensors: Tensors, name: str, form: LinearForm, dtype
     scales = tensors[f"{name}.activation_scale"], tensors[f"{name}.weight_scale"]
     product = _fp8_product if form.activation_dtype == FP8 else _int8_product
     return product(codes, weight, *scales, bias, dtype).unflatten(0, x.shape[:-1])
+
+
+def residual_linear(
+    x: torch.Tensor,
+    tensors: Tensors,
+    name: str,
+    form: LinearForm,
+    residual: torch.Tensor,
+    gate: torch.Tensor,
+    limit: float | None,
+    following: tuple[str, LinearForm],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y, what `following` takes of it): y = residual [..., O] + gate [O] * linear(x), in one launch of our kernel.
+
+    The branch is held within +-`limit`. The second result is y's codes where the layer `following` (name, form) is fed
+    by codes, else y. `form` has weights and activations of one dtype (`takes_residual`).
+    """
+    codes = x if form.activation_dtype in (None, x.dtype) else _codes(x, tensors, name, form)
+    parts = ("bias", "weight_scale", "activation_scale")
+    arguments: dict[str, Any] = {part: tensors.get(f"{name}.{part}") for part in parts}
+    arguments |= {"dtype": residual.dtype, "residual": residual, "gate": gate, "limit": limit, "impl": "triton"}
+    weight, (fed, fed_form) = tensors[f"{name}.weight"], following
+    if fed_form.activation_dtype is None:
+        y = scaled_linear(codes, weight, **arguments)
+        return y, y
+    return scaled_linear_codes(
+        codes,
+        weight,
+        out_scale=tensors[f"{fed}.activation_scale"],
+        out_dtype=fed_form.activation_dtype,
+        inverse_smooth=tensors[f"{fed}.inverse_smooth"] if fed_form.smooth else None,
+        **arguments,
+    )
 
 
 def _codes(x: torch.Tensor, tensors: Tensors, name: str, form: LinearForm) -> torch.Tensor:

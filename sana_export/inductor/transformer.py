@@ -8,11 +8,12 @@ modulates and quantises; norms, modulation and sums in fp32, one rounding per re
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch.nn import functional as F
 
-from sana_export.inductor.linear import LinearForm, Tensors, linear
+from sana_export.inductor.linear import LinearForm, Tensors, linear, residual_linear
 from sana_export.inductor.piece import Piece
 from sana_export.reference.transformer import TransformerConfig
 from sana_kernels.cross_attention import cross_attention, key_counts
@@ -48,11 +49,16 @@ def plain_forms() -> dict[str, LinearForm]:
     return {name: LinearForm(bias) for name, bias in BLOCK_LINEARS.items()}
 
 
+FusedProducts = Literal["none", "quantised", "all"]
+
+
 @dataclass(frozen=True)
 class TransformerLayout:
     """What the pieces are made for. `height`, `width` of the latent; `batch` 2 with classifier-free guidance, else 1;
     `impl` of our kernels; `kv_weight_dtype` of the stacked key and value weights; `smooth_tables`: the tables carry
-    the smooth factors of the layers behind the norms. `sigma_data` is TrigFlow's.
+    the smooth factors of the layers behind the norms. `sigma_data` is TrigFlow's. `fused_products`: of which layers
+    our kernel computes the product where the residual follows it ("quantised": those of 8-bit weights and activations);
+    the others are the library's, with a pass behind.
     """
 
     config: TransformerConfig
@@ -64,11 +70,20 @@ class TransformerLayout:
     kv_weight_dtype: torch.dtype | None = None
     smooth_tables: bool = False
     sigma_data: float = 0.5
+    fused_products: FusedProducts = "quantised"
 
     @property
     def tokens(self) -> int:
         """Number of latent positions."""
         return self.height * self.width
+
+    def fuses(self, form: LinearForm) -> bool:
+        """Whether our kernel computes a layer of this form together with the residual behind it.
+
+        FP8 needs compute capability 8.9, as does the library's product: there is nothing to fall back to below.
+        """
+        wanted = {"none": False, "quantised": form.activation_dtype is not None, "all": True}
+        return self.impl == "triton" and wanted[self.fused_products] and form.takes_residual
 
 
 def caption_piece(layout: TransformerLayout) -> Piece:
@@ -174,13 +189,24 @@ def block_piece(layout: TransformerLayout, forms: BlockForms, name: str = "block
         )
         norms = (t["linear_attention.norm_q.weight"], t["linear_attention.norm_k.weight"]) if config.qk_norm else ()
         qkv = product("linear_attention.qkv", h)
-        branch = linear_attention(qkv, *norms, head_dim=config.head_dim, impl=impl)
-        branch = product("linear_attention.to_out", branch)
-        if config.attention_clip:
-            branch = branch.clamp(-_FP16_MAX, _FP16_MAX)
-        x = (x.float() + t["table"][_GATE_A] * branch.float()).to(dtype)
+        branch = linear_attention(
+            qkv,
+            *norms,
+            head_dim=config.head_dim,
+            **output("linear_attention.to_out"),  # type: ignore[arg-type]
+        )
+        limit = _FP16_MAX if config.attention_clip else None
+        if layout.fuses(forms["linear_attention.to_out"]):
+            layer, following = "linear_attention.to_out", "cross_attention.to_q"
+            fed = (following, forms[following])
+            x, fed_x = residual_linear(branch, t, layer, forms[layer], x, t["table"][_GATE_A], limit, fed)
+        else:
+            branch = product("linear_attention.to_out", branch)
+            if limit is not None:
+                branch = branch.clamp(-limit, limit)
+            x = fed_x = (x.float() + t["table"][_GATE_A] * branch.float()).to(dtype)
 
-        query = product("cross_attention.to_q", x)
+        query = product("cross_attention.to_q", fed_x)
         if config.qk_norm:
             query = rms_norm(query, t["cross_attention.norm_q.weight"], _NORM_EPS)
         branch = cross_attention(

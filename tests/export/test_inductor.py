@@ -5,6 +5,7 @@ They run eagerly here, with the kernels' references; `test_inductor_build.py` co
 
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from sana_export.parity.metrics import measure
 from sana_export.parity.tolerance import check
 from sana_export.reference.dc_ae import AutoencoderConfig
 from sana_export.weights.checkpoint import Checkpoint, open_checkpoint
+from sana_kernels.linear_attention import linear_attention
 from sana_kernels.mix_ffn_depthwise import tap_major
 from sana_runtime.contract import COMPONENTS, ComponentName, PrecisionName
 from sana_runtime.errors import TargetError
@@ -216,6 +218,27 @@ def test_quantised_pieces_equal_the_fake_quantised_reference(model: str, name: s
     output = plan.outputs[-1].name
     effect = measure(component, output, _numpy(wanted[output]), _numpy(plain[output])).relative_rms
     assert effect > 20 * errors[output], "the recipe changes nothing: the comparison shows nothing"
+
+
+@pytest.mark.parametrize(("name", "written"), [("fp8", FP8), ("int8", None), ("int8-weight-only", None)])
+def test_linear_attention_writes_the_codes_of_the_next_product(
+    name: str, written: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless its result must be multiplied with smooth factors first."""
+    found = []
+
+    def spy(*arguments: torch.Tensor, **options: Any) -> torch.Tensor:
+        found.append(options["out_dtype"])
+        return linear_attention(*arguments, **options)
+
+    monkeypatch.setattr("sana_export.inductor.transformer.linear_attention", spy)
+    recipe = replace(RECIPES[name](), base_dtype="float32")
+    plan = plan_of("random:tiny", "fp32", "transformer")
+    feeds, module = feeds_of(plan), loaded_module(plan, checkpoint("random:tiny"))
+    rules = rules_of(recipe, plan)
+    scales = observed_scales(module, plan, rules, feeds)
+    run_prepared(prepared_for("random:tiny", plan, rules, scales), plan, feeds)
+    assert found == [written] * 2
 
 
 def test_quantised_weights_are_stored_in_eight_bits() -> None:

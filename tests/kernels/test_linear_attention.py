@@ -1,11 +1,14 @@
 """The Triton kernels compute ReLU linear attention and its gradients as exactly as the reference does."""
 
+import dataclasses
+import functools
 import importlib.util
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -19,7 +22,10 @@ from sana_kernels.linear_attention.testing import (
     oracle,
     reference_results,
     verify,
+    verify_codes,
+    verify_tilings,
 )
+from sana_kernels.mix_ffn_depthwise.testing import compile_ahead
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -33,16 +39,29 @@ INTERPRETED = [
     Case(1, 65, 96, dtype=torch.bfloat16, qk_norm=True),
 ]
 
+FP8, INT8 = torch.float8_e4m3fn, torch.int8
+CODES_INTERPRETED = [
+    Case(2, 130, 64, dtype=torch.bfloat16, out_dtype=FP8),
+    Case(1, 65, 96, dtype=torch.float32, qk_norm=True, out_dtype=FP8),
+    Case(3, 63, 64, dtype=torch.float16, head_dim=16, out_dtype=INT8),
+]
+
 INTERPRET = """
-import sys, torch
-from sana_kernels.linear_attention import testing
-cases = eval(sys.argv[1], {"Case": testing.Case, "torch": torch})
-for case in cases:
-    # The interpreter cuts fp32 off where bf16 ends instead of rounding: twice the error.
-    allowance = 2.0 if case.dtype == torch.bfloat16 else 1.0
-    found = testing.verify(case, "cpu", "triton", allowance=allowance)
+import dataclasses, sys, torch
+from sana_kernels.linear_attention import testing, triton as kernels
+floats, codes = eval(sys.argv[1], {"Case": testing.Case, "torch": torch})
+# The interpreter cuts fp32 off where bf16 ends instead of rounding: twice the error.
+allowances = {torch.bfloat16: 2.0}
+for case in floats:
+    found = testing.verify(case, "cpu", "triton", allowance=allowances.get(case.dtype, 1.0))
     assert len(found) == (4 if case.qk_norm else 2)
-print(len(cases))
+for case in codes:
+    assert testing.verify_codes(case, "cpu", "triton").values
+for case in floats + codes:
+    tiles = kernels.tilings(case.dtype.itemsize, case.head_dim)
+    fused = dataclasses.replace(tiles, fused=kernels.Tiling(32, 6, num_warps=4, num_stages=1))
+    testing.verify_tilings(case, "cpu", fused, allowance=allowances.get(case.dtype, 1.0))
+print(len(floats) + len(codes))
 """
 
 
@@ -51,13 +70,18 @@ def test_op_on_the_cpu_matches_the_oracle(case: Case) -> None:
     assert len(verify(case, "cpu", None)) == (4 if case.qk_norm else 2)
 
 
+@pytest.mark.parametrize("case", CODES_INTERPRETED, ids=str)
+def test_codes_on_the_cpu_are_those_the_roundings_allow(case: Case) -> None:
+    assert verify_codes(case, "cpu", None).different == 0
+
+
 def test_triton_matches_the_oracle_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", INTERPRET, repr(INTERPRETED)]
+    command = [sys.executable, "-c", INTERPRET, repr((INTERPRETED, CODES_INTERPRETED))]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == [str(len(INTERPRETED))]
+    assert run.stdout.split() == [str(len(INTERPRETED) + len(CODES_INTERPRETED))]
 
 
 @pytest.mark.parametrize("qk_norm", [False, True], ids=["plain", "qknorm"])
@@ -67,7 +91,25 @@ def test_op_is_well_formed(qk_norm: bool) -> None:
     for tensor in (inputs.qkv, *weights):
         if tensor is not None:
             tensor.requires_grad_()
-    library.opcheck(torch.ops.sana.linear_attention.default, (inputs.qkv, *weights, 32, 1e-15, 1e-5))
+    arguments = (inputs.qkv, *weights, 32, 1e-15, 1e-5)
+    library.opcheck(torch.ops.sana.linear_attention.default, arguments)
+    library.opcheck(torch.ops.sana.linear_attention.default, (*arguments, torch.tensor(0.01), FP8))
+
+
+def test_codes_have_no_gradient_and_the_shape_of_the_result() -> None:
+    qkv = torch.randn(2, 10, 192, requires_grad=True)
+    codes = linear_attention(qkv, head_dim=32, out_scale=torch.tensor(0.01), out_dtype=INT8)
+    assert (codes.shape, codes.dtype, codes.requires_grad) == ((2, 10, 64), INT8, False)
+
+
+def test_a_scale_and_an_8_bit_dtype_are_given_together() -> None:
+    qkv, scale = torch.ones(1, 4, 96), torch.tensor(0.01)
+    with pytest.raises(ValueError, match=r"linear_attention: .*given together"):
+        linear_attention(qkv, head_dim=32, out_dtype=FP8)
+    with pytest.raises(ValueError, match=r"linear_attention: .*given together"):
+        linear_attention(qkv, head_dim=32, out_scale=scale)
+    with pytest.raises(ValueError, match="out_dtype must be float8_e4m3fn or int8"):
+        linear_attention(qkv, head_dim=32, out_scale=scale, out_dtype=torch.float16)
 
 
 def test_export_sees_one_op() -> None:
@@ -98,7 +140,7 @@ def test_wrong_norm_weights_are_refused() -> None:
         linear_attention(torch.ones(1, 4, 96), torch.ones(32), head_dim=32)
 
 
-@pytest.mark.parametrize("name", ["key_rms_kernel", "apply_kernel", "query_backward_kernel"])
+@pytest.mark.parametrize("name", ["key_rms_kernel", "apply_kernel", "fused_kernel", "query_backward_kernel"])
 def test_fp64_scalars_do_not_spread(name: str) -> None:
     """torch.compile passes Python's floats as fp64; a mixed product does not even compile."""
     triton = pytest.importorskip("triton")
@@ -119,7 +161,23 @@ def test_fp64_scalars_do_not_spread(name: str) -> None:
     assert set(re.findall(r"\b[\w.]+\.f64\b", ptx)) == {"cvt.rn.f32.f64"}
 
 
-def test_the_readme_shows_the_committed_rows() -> None:
+@pytest.mark.parametrize("capability", [80, 86, 87, 89, 90, 110, 120])
+@pytest.mark.parametrize("name", ["apply_codes_kernel", "fused_kernel"])
+def test_kernels_that_write_codes_compile_without_a_gpu(name: str, capability: int) -> None:
+    pytest.importorskip("triton")
+    from sana_kernels.linear_attention import triton as kernels
+
+    tile = kernels.tilings(2, 32).apply
+    types = dict.fromkeys(("qkv", "norm_q_weight", "norm_k_weight"), "*bf16")
+    types |= dict.fromkeys(("parts", "key_scale", "scale"), "*fp32")
+    types |= {"out": "*fp8e4nv" if capability >= 89 else "*i8", "eps": "fp32"}
+    constants = {"QK_NORM": False, "HEAD_DIM": 32, "BLOCK_N": tile.block_rows}
+    compiled = compile_ahead(getattr(kernels, name), capability, types, constants, tile.num_warps)
+    assert f".target sm_{capability}" in compiled.asm["ptx"]
+
+
+@functools.cache
+def load_benchmark() -> ModuleType:
     path = ROOT / "benchmarks" / "linear_attention.py"
     spec = importlib.util.spec_from_file_location("linear_attention_benchmark", path)
     assert spec is not None
@@ -127,6 +185,22 @@ def test_the_readme_shows_the_committed_rows() -> None:
     benchmark = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = benchmark  # dataclasses look their module up
     spec.loader.exec_module(benchmark)
+    return benchmark
+
+
+def test_a_sweep_tries_the_tiling_in_use_first_and_none_twice() -> None:
+    pytest.importorskip("triton")
+    from sana_kernels.linear_attention import triton as kernels
+
+    tiles, benchmark = kernels.tilings(2, 32), load_benchmark()
+    for kernel in ("state", "apply", "fused"):
+        tried = [*benchmark.candidates(kernel, tiles)]
+        assert tried[0] == (getattr(tiles, kernel) or tried[0])
+        assert len({*tried}) == len(tried) > 10
+
+
+def test_the_readme_shows_the_committed_rows() -> None:
+    benchmark = load_benchmark()
     readme = benchmark.README.read_text(encoding="utf-8")
     assert readme == benchmark.rendered(readme, benchmark.read_rows())
 
@@ -172,6 +246,35 @@ OTHERS = [
 @pytest.mark.parametrize("case", HALF + OTHERS, ids=str)
 def test_triton_matches_the_oracle(case: Case) -> None:
     assert len(verify(case, "cuda", "triton", seed=case.tokens)) == (4 if case.qk_norm else 2)
+
+
+CODES = [
+    Case(2, 1024, 1152, out_dtype=FP8),
+    Case(2, 1000, 2240, out_dtype=INT8),
+    Case(1, 1024, 1152, qk_norm=True, out_dtype=FP8),
+    Case(3, 63, 64, dtype=torch.float32, out_dtype=FP8),
+]
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("case", CODES, ids=str)
+def test_triton_codes_are_those_the_roundings_allow(case: Case) -> None:
+    assert verify_codes(case, "cuda", "triton", seed=case.tokens).values
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("case", [*OTHERS, *CODES], ids=str)
+def test_one_launch_matches_the_oracle(case: Case) -> None:
+    from sana_kernels.linear_attention import triton as kernels
+
+    tiles = kernels.tilings(case.dtype.itemsize, case.head_dim)
+    rows = max(16, 256 // (case.dtype.itemsize * case.head_dim // 32))
+    fused = kernels.Tiling(rows, 144, num_warps=4, num_stages=2)
+    verify_tilings(case, "cuda", dataclasses.replace(tiles, fused=fused, fused_tokens=case.tokens))
 
 
 @pytest.mark.gpu

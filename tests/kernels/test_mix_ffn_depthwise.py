@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import library
 
+from sana_kernels.linear_attention.testing import compare_codes
 from sana_kernels.mix_ffn_depthwise import mix_ffn_depthwise, tap_major
 from sana_kernels.mix_ffn_depthwise.quantization import narrow
 from sana_kernels.mix_ffn_depthwise.reference import mix_ffn_depthwise_backward_reference
 from sana_kernels.mix_ffn_depthwise.testing import (
     Case,
-    compare_codes,
     compile_ahead,
     make_inputs,
     verify,

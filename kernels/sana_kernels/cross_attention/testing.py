@@ -7,9 +7,8 @@ from torch.nn import functional as F
 
 from sana_kernels.cross_attention.api import MASKED, Impl, cross_attention, key_counts
 from sana_kernels.cross_attention.reference import cross_attention_backward_reference, cross_attention_reference
-from sana_kernels.linear_attention.testing import Finding, compare, dtype_name
+from sana_kernels.linear_attention.testing import CodeFinding, Finding, compare, compare_codes, dtype_name
 from sana_kernels.mix_ffn_depthwise.quantization import QUANTIZED_DTYPES
-from sana_kernels.mix_ffn_depthwise.testing import CodeFinding, compare_codes
 
 # Roundings between exact and computed result, relative to the weighted sum of |v|: README.md.
 _UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}

@@ -1,8 +1,13 @@
 """Triton kernel of cross-attention: few keys, heads whose width is no power of two.
 
 One launch. A program owns BLOCK_N tokens of one head; it keeps their queries and walks over the keys with the online
-softmax. A head of width D is taken in two pieces, the largest power of two in D and the rest padded to the next one:
-72 = 64 + 8 costs 80 columns of the matrix units instead of 128. Keys behind the last valid one are not read.
+softmax. A head of width D is taken in two pieces, its first columns up to the largest power of two in D and its last
+REST columns: 72 = 64 + 8 costs 80 columns of the matrix units instead of 128. Keys behind the last valid one are not
+read.
+
+The loads of keys and values have no masks, whose predicates and pointers cost so many registers that half as many
+programs fit on a multiprocessor: behind the last key its row is read again, with a score that weighs nothing, and the
+two pieces overlap instead of reaching beyond the head, with queries of zero where they do.
 """
 
 from dataclasses import dataclass
@@ -11,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sana_kernels.linear_attention.triton import INTERPRETED, ON_CPU, UnsupportedByTriton
+from sana_kernels.machine import INTERPRETED, ON_CPU, UnsupportedByTriton
 from sana_kernels.mix_ffn_depthwise.triton import check_support as check_output_support
 from sana_kernels.mix_ffn_depthwise.triton import inverse_scale, launcher, narrow
 
@@ -54,51 +59,53 @@ def cross_attention_kernel(
 ):
     """Program (block of tokens, head, batch). SCALE is log2(e) / sqrt(D); REST is 0 where D is a power of two."""
     inverse = inverse_scale(scale_ptr, out_ptr.dtype.element_ty)
-    batch = tl.program_id(2).to(tl.int64)
+    batch = tl.program_id(2)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     s = tl.arange(0, BLOCK_S)
     d = tl.arange(0, PIECE)
     head = tl.program_id(1) * HEAD_DIM
-    row = (batch * tokens + n)[:, None] * channels + head
+    query_ptr += batch.to(tl.int64) * tokens * channels + head
+    out_ptr += batch.to(tl.int64) * tokens * channels + head
+    key_value_ptr += batch.to(tl.int64) * keys * (2 * channels) + head
+    bias_ptr += batch * keys
+    row = n[:, None] * channels
     present = (n < tokens)[:, None]
-    key_row = key_value_ptr + batch * keys * (2 * channels) + s[:, None] * (2 * channels) + head
     query = tl.load(query_ptr + row + d[None, :], mask=present, other=0.0)
     out = tl.zeros([BLOCK_N, PIECE], tl.float32)
     if REST > 0:
-        e = PIECE + tl.arange(0, REST)
-        rest_query = tl.load(query_ptr + row + e[None, :], mask=present & (e < HEAD_DIM)[None, :], other=0.0)
+        e = HEAD_DIM - REST + tl.arange(0, REST)
+        rest_query = tl.load(query_ptr + row + e[None, :], mask=present & (e >= PIECE)[None, :], other=0.0)
         rest_out = tl.zeros([BLOCK_N, REST], tl.float32)
     largest = tl.full([BLOCK_N], _ABSENT, tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     count = tl.load(counts_ptr + batch)
     for start in range(0, count, BLOCK_S):
-        inside = start + s < count
-        ptrs = key_row + start * (2 * channels)
-        key = tl.load(ptrs + d[None, :], mask=inside[:, None], other=0.0)
+        at = tl.minimum(start + s, count - 1)
+        ptrs = key_value_ptr + at[:, None] * (2 * channels)
+        key = tl.load(ptrs + d[None, :])
         scores = _product(query, tl.trans(key), tl.zeros([BLOCK_N, BLOCK_S], tl.float32))
         if REST > 0:
-            rest_inside = inside[:, None] & (e < HEAD_DIM)[None, :]
-            rest_key = tl.load(ptrs + e[None, :], mask=rest_inside, other=0.0)
+            rest_key = tl.load(ptrs + e[None, :])
             scores = _product(rest_query, tl.trans(rest_key), scores)
-        bias = tl.load(bias_ptr + batch * keys + start + s, mask=inside, other=0.0)
-        scores = scores * SCALE + (bias * 1.4426950408889634)[None, :]
-        scores = tl.where(inside[None, :], scores, _ABSENT)
+        bias = tl.load(bias_ptr + at) * 1.4426950408889634  # log2(e)
+        bias = tl.where(start + s < count, bias, _ABSENT)
+        scores = scores * SCALE + bias[None, :]
         higher = tl.maximum(largest, tl.max(scores, axis=1))
         weights = tl.exp2(scores - higher[:, None])
         shrink = tl.exp2(largest - higher)
         total = total * shrink + tl.sum(weights, axis=1)
-        value = tl.load(ptrs + channels + d[None, :], mask=inside[:, None], other=0.0)
+        value = tl.load(ptrs + channels + d[None, :])
         narrow_weights = narrow(weights, 1.0, value.dtype)
         out = _product(narrow_weights, value, out * shrink[:, None])
         if REST > 0:
-            rest_value = tl.load(ptrs + channels + e[None, :], mask=rest_inside, other=0.0)
+            rest_value = tl.load(ptrs + channels + e[None, :])
             rest_out = _product(narrow_weights, rest_value, rest_out * shrink[:, None])
         largest = higher
     out = narrow(out / total[:, None], inverse, out_ptr.dtype.element_ty)
     tl.store(out_ptr + row + d[None, :], out, mask=present)
     if REST > 0:
         rest_out = narrow(rest_out / total[:, None], inverse, out_ptr.dtype.element_ty)
-        tl.store(out_ptr + row + e[None, :], rest_out, mask=present & (e < HEAD_DIM)[None, :])
+        tl.store(out_ptr + row + e[None, :], rest_out, mask=present & (e >= PIECE)[None, :])
 
 
 # --- Host code ---
@@ -115,12 +122,15 @@ class Tiling:
 
 
 def tiling(itemsize: int) -> Tiling:
-    """By the width of the dtype: fp32 tiles take twice the shared memory and its products no matrix units."""
-    return Tiling(128, 64, 8, 2) if itemsize == 2 else Tiling(32, 32, 4, 1)
+    """By the width of the dtype: fp32 tiles take twice the shared memory and its products no matrix units.
+
+    16 bits: of 128 registers a thread and 40 KiB (D = 72), so that four programs share a multiprocessor of Hopper.
+    """
+    return Tiling(64, 32, 4, 3) if itemsize == 2 else Tiling(32, 32, 4, 1)
 
 
 def pieces(head_dim: int) -> tuple[int, int]:
-    """A head's width as a power of two and the padded rest: 72 -> (64, 16), 112 -> (64, 64), 32 -> (32, 0)."""
+    """Columns of a head's two pieces, which may overlap: 72 -> (64, 16), 112 -> (64, 64), 32 -> (32, 0)."""
     piece = 1 << (head_dim.bit_length() - 1)
     rest = head_dim - piece
     return piece, max(_SMALLEST_PIECE, triton.next_power_of_2(rest)) if rest else 0

@@ -16,6 +16,7 @@ from sana_kernels.linear_attention.reference import (
     linear_attention_backward_reference,
     linear_attention_reference,
 )
+from sana_kernels.mix_ffn_depthwise.quantization import check_quantization
 
 # At import, not on first use: torch.compile cannot trace an import.
 try:
@@ -37,8 +38,10 @@ def _linear_attention(
     head_dim: int,
     eps: float,
     norm_eps: float,
+    out_scale: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    return linear_attention_reference(qkv, norm_q_weight, norm_k_weight, head_dim, eps, norm_eps)
+    return linear_attention_reference(qkv, norm_q_weight, norm_k_weight, head_dim, eps, norm_eps, out_scale, out_dtype)
 
 
 @_linear_attention.register_kernel("cuda")
@@ -49,9 +52,11 @@ def _(
     head_dim: int,
     eps: float,
     norm_eps: float,
+    out_scale: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     forward = linear_attention_reference if TRITON_PROBLEM else kernels.forward
-    return forward(qkv, norm_q_weight, norm_k_weight, head_dim, eps, norm_eps)
+    return forward(qkv, norm_q_weight, norm_k_weight, head_dim, eps, norm_eps, out_scale, out_dtype)
 
 
 @_linear_attention.register_fake
@@ -62,8 +67,10 @@ def _(
     head_dim: int,
     eps: float,
     norm_eps: float,
+    out_scale: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    return qkv.new_empty((*qkv.shape[:-1], qkv.shape[-1] // 3))
+    return qkv.new_empty((*qkv.shape[:-1], qkv.shape[-1] // 3), dtype=out_dtype or qkv.dtype)
 
 
 @library.custom_op("sana::linear_attention_backward", mutates_args=())
@@ -122,19 +129,25 @@ def linear_attention(
     head_dim: int,
     eps: float = 1e-15,
     norm_eps: float = 1e-5,
+    out_scale: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
     impl: Impl | None = None,
 ) -> torch.Tensor:
-    """ReLU linear attention: qkv [B, N, 3C] packed [q | k | v] -> [B, N, C], dtype of `qkv`, fp32 inside.
+    """ReLU linear attention: qkv [B, N, 3C] packed [q | k | v] -> a new tensor [B, N, C], fp32 inside.
 
-    `norm_q_weight`, `norm_k_weight` [C] are given together or not at all. The result is a new tensor.
+    `norm_q_weight`, `norm_k_weight` [C] are given together or not at all. The result has the dtype of qkv; with
+    `out_dtype` float8_e4m3fn or int8 and `out_scale` (one float32 number on qkv's device, amax / 448 or amax / 127) it
+    is saturate(round_half_even(result / out_scale)), without gradient.
     `impl`: "reference" is eager PyTorch, "triton" the kernels; None takes the kernels for CUDA tensors where
     Triton is installed, the reference otherwise, and is the one op that torch.export and the ONNX exporter see.
 
     Raises ValueError for a channel count that is not three times a multiple of `head_dim`, for one norm weight
-    without the other, and for tensors the chosen implementation cannot run; nothing falls back silently.
+    without the other, for a scale without 8-bit dtype or the other way round, and for tensors the chosen
+    implementation cannot run; nothing falls back silently.
     """
     _check(qkv, norm_q_weight, norm_k_weight, head_dim, impl)
-    arguments = (qkv, norm_q_weight, norm_k_weight, head_dim, eps, norm_eps)
+    check_quantization("linear_attention", out_scale, out_dtype)
+    arguments = (qkv, norm_q_weight, norm_k_weight, head_dim, eps, norm_eps, out_scale, out_dtype)
     if impl == "reference":
         return linear_attention_reference(*arguments)
     if impl == "triton":
@@ -142,7 +155,7 @@ def linear_attention(
             raise ValueError(
                 f"linear_attention: impl='triton', but {TRITON_PROBLEM}. Use impl='reference', or pip install triton."
             )
-        kernels.check_support(qkv, head_dim)
+        kernels.check_support(qkv, head_dim, out_dtype)
         return triton_ops.linear_attention_triton(*arguments)
     return _linear_attention(*arguments)
 

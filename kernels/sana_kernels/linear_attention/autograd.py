@@ -6,9 +6,11 @@ import torch
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    """Keep what the backward op needs: the inputs. It computes the state again."""
-    qkv, norm_q_weight, norm_k_weight, *ctx.numbers = inputs
+    """Keep what the backward op needs: the inputs. It computes the state again. A result in 8 bits has no gradient."""
+    qkv, norm_q_weight, norm_k_weight, *ctx.numbers, _, out_dtype = inputs
     ctx.save_for_backward(qkv, norm_q_weight, norm_k_weight)
+    if out_dtype is not None:
+        ctx.mark_non_differentiable(output)
 
 
 def gradients(backward: Any, ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -16,4 +18,4 @@ def gradients(backward: Any, ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor
     qkv, norm_q_weight, norm_k_weight = ctx.saved_tensors
     grad_qkv, grad_q, grad_k = backward(grad, qkv, norm_q_weight, norm_k_weight, *ctx.numbers)
     without = norm_q_weight is None
-    return grad_qkv, None if without else grad_q, None if without else grad_k, None, None, None
+    return grad_qkv, None if without else grad_q, None if without else grad_k, None, None, None, None, None

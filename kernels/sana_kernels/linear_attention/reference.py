@@ -2,6 +2,8 @@
 
 import torch
 
+from sana_kernels.mix_ffn_depthwise.quantization import narrow
+
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """RMS norm over the last axis, in fp32; the result has the dtype of `x`."""
@@ -16,10 +18,13 @@ def linear_attention_reference(
     head_dim: int,
     eps: float,
     norm_eps: float,
+    out_scale: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """out_n = (sum_m v_m k_m^T) q_n / (sum_m k_m . q_n + eps), with q and k after ReLU.
 
-    qkv [B, N, 3C], packed [q | k | v], each with its heads in order -> [B, N, C] in the dtype of `qkv`.
+    qkv [B, N, 3C], packed [q | k | v], each with its heads in order -> [B, N, C] in the dtype of `qkv`, or
+    quantised to `out_dtype`.
     With norm weights [C], q and k pass an RMS norm over all C channels first (SANA-1.5, Sprint).
     Source: Sana paper (ReLU linear attention), in the sum form that needs no padding of v.
     """
@@ -32,7 +37,7 @@ def linear_attention_reference(
     key_sum = key.sum(dim=-2, keepdim=True)  # [B, heads, 1, D]
     denominator = query @ key_sum.transpose(-1, -2) + eps  # [B, heads, N, 1]
     out = (query @ state) / denominator
-    return out.transpose(1, 2).flatten(2).to(qkv.dtype)
+    return narrow(out.transpose(1, 2).flatten(2), out_scale, out_dtype or qkv.dtype)
 
 
 def _split_heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:

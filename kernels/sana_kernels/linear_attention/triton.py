@@ -2,7 +2,8 @@
 
 Forward, two launches (three with qk-norm): `state_kernel` reads k and v once and leaves, per head and per part of
 the tokens, S = sum k v^T and z = sum k; `apply_kernel` adds the parts up in a fixed order, reads q once and writes
-the result. No atomics: the same input gives the same bits. Backward, three launches (five with qk-norm).
+the result. No atomics: the same input gives the same bits. `fused_kernel` does both in one launch; every program of
+it sums all the tokens of its head, so it is for few of them. Backward, three launches (five with qk-norm).
 
 qk-norm costs one small pass (`key_rms_kernel`), because two parts of it fold away (README.md has the argument):
 the row scale of q cancels in the ratio, and a weight w leaves ReLU as |w| with the sign of w given to its input,
@@ -12,37 +13,35 @@ Scratch layout, shared with the TensorRT plugin: parts [B, heads, splits, D + 1,
 row D = z; key_scale [B, N] fp32, the reciprocal RMS of each row of k.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import library
+
+from sana_kernels.machine import INTERPRETED, UnsupportedByTriton
+from sana_kernels.mix_ffn_depthwise.triton import check_support as check_output_support
+from sana_kernels.mix_ffn_depthwise.triton import inverse_scale, launcher, narrow
 
 HEAD_DIMS = (16, 32, 64)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Under TRITON_INTERPRET=1 kernels run on CPU tensors, slowly.
-ON_CPU = bool(triton.knobs.runtime.interpret)
-INTERPRETED = tl.constexpr(ON_CPU)
 
 
 # --- Device code ---
 
 
 @triton.jit
-def _dot(narrow, wide):
-    """narrow [M, K] in the dtype of the tensors times wide [K, N] in fp32, to fp32 accuracy.
+def _dot(short, wide):
+    """short [M, K] in the dtype of the tensors times wide [K, N] in fp32, to fp32 accuracy.
 
     A 16-bit factor is exact in tf32, and an fp32 one is the sum of two tf32 numbers up to 2^-22 of itself.
     """
-    if narrow.dtype == tl.float32:
-        product = tl.dot(narrow, wide, input_precision="ieee")
+    if short.dtype == tl.float32:
+        product = tl.dot(short, wide, input_precision="ieee")
     else:
         high = (wide.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-        product = tl.dot(narrow.to(tl.float32), wide - high, input_precision="tf32")
-        product = tl.dot(narrow.to(tl.float32), high, product, input_precision="tf32")
+        product = tl.dot(short.to(tl.float32), wide - high, input_precision="tf32")
+        product = tl.dot(short.to(tl.float32), high, product, input_precision="tf32")
     return product
 
 
@@ -53,6 +52,27 @@ def _accumulate(columns, rows, total):
         columns = columns.to(tl.float32)
         rows = rows.to(tl.float32)
     return tl.dot(columns, rows, total, input_precision="ieee")
+
+
+@triton.jit
+def _query_product(query, state):
+    """query [M, K] times state [K, N] in fp32, to fp32 accuracy.
+
+    An fp32 number is the sum of three in bf16 up to 2^-24 of itself: three products in bf16, whose query goes from
+    shared memory into the matrix units in wide loads; as tf32 each number of it would be loaded alone.
+    """
+    if query.dtype == tl.bfloat16:
+        high = state.to(tl.bfloat16)
+        rest = state - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        product = tl.zeros([query.shape[0], state.shape[1]], tl.float32)
+        product = _accumulate(query, low, product)
+        product = _accumulate(query, middle, product)
+        product = _accumulate(query, high, product)
+    else:
+        product = _dot(query, state)
+    return product
 
 
 @triton.jit
@@ -125,6 +145,86 @@ def key_rms_kernel(qkv_ptr, key_scale_ptr, rows, channels, norm_eps, BLOCK_ROWS:
 
 
 @triton.jit
+def _sum_tokens(
+    qkv_ptr,
+    key_scale_ptr,
+    norm_k_weight_ptr,
+    row,
+    head,
+    count,
+    channels,
+    QK_NORM: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """S [D, D] and z [D] of one head over `count` tokens, the first of which is row `row` of the B*N."""
+    n, d = tl.arange(0, BLOCK_N), tl.arange(0, HEAD_DIM)
+    key_ptrs = qkv_ptr + row * (3 * channels) + channels + head * HEAD_DIM
+    key_ptrs = key_ptrs + n[:, None] * (3 * channels) + d[None, :]
+    weight = _load_weight(norm_k_weight_ptr, head, QK_NORM, HEAD_DIM)
+    state = tl.zeros([HEAD_DIM, HEAD_DIM], tl.float32)
+    masses = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
+    for start in range(0, count, BLOCK_N):
+        inside = (start + n < count)[:, None]
+        key = tl.load(key_ptrs, mask=inside, other=0.0)
+        value = tl.load(key_ptrs + channels, mask=inside, other=0.0)
+        key = _signed_relu(key, weight, QK_NORM)
+        if QK_NORM:
+            scale = tl.load(key_scale_ptr + row + start + n, mask=start + n < count, other=0.0)
+            key = (key.to(tl.float32) * scale[:, None]).to(key.dtype)
+        state = _accumulate(tl.trans(key), value, state)
+        masses += key.to(tl.float32)
+        key_ptrs += BLOCK_N * 3 * channels
+    mass = tl.sum(masses, axis=0)
+    if QK_NORM:
+        state *= tl.abs(weight)[:, None]
+        mass *= tl.abs(weight)
+    return state, mass
+
+
+@triton.jit
+def _apply_tokens(
+    qkv_ptr,
+    norm_q_weight_ptr,
+    state,
+    mass,
+    inverse,
+    out_ptr,
+    row,
+    head,
+    count,
+    channels,
+    eps,
+    QK_NORM: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """out = (q S) / (q . z + eps) of one head for `count` tokens from row `row` of the B*N on.
+
+    In the dtype of qkv, or times `inverse` as codes where `out_ptr` is one of 8 bits.
+    """
+    n, d = tl.arange(0, BLOCK_N), tl.arange(0, HEAD_DIM)
+    query_ptrs = qkv_ptr + row * (3 * channels) + head * HEAD_DIM + n[:, None] * (3 * channels) + d[None, :]
+    out_ptrs = out_ptr + row * channels + head * HEAD_DIM + n[:, None] * channels + d[None, :]
+    weight = _load_weight(norm_q_weight_ptr, head, QK_NORM, HEAD_DIM)
+    if QK_NORM:
+        state *= tl.abs(weight)[:, None]
+        mass *= tl.abs(weight)
+    for start in range(0, count, BLOCK_N):
+        inside = (start + n < count)[:, None]
+        query = _signed_relu(tl.load(query_ptrs, mask=inside, other=0.0), weight, QK_NORM)
+        denominator = tl.sum(query.to(tl.float32) * mass[None, :], axis=1) + _fp32(eps)
+        out = _query_product(query, state) / denominator[:, None]
+        if out_ptr.dtype.element_ty == query.dtype:
+            result = out.to(query.dtype)
+        else:
+            result = narrow(out, inverse, out_ptr.dtype.element_ty)
+        tl.store(out_ptrs, result, mask=inside)
+        query_ptrs += BLOCK_N * 3 * channels
+        out_ptrs += BLOCK_N * channels
+
+
+@triton.jit
 def state_kernel(
     qkv_ptr,
     key_scale_ptr,
@@ -141,30 +241,53 @@ def state_kernel(
     sequence, split = tl.program_id(0), tl.program_id(1)
     heads = channels // HEAD_DIM
     batch, head = sequence // heads, sequence % heads
-    stop = tl.minimum(rows, tokens - split * rows)
-    n, d = tl.arange(0, BLOCK_N), tl.arange(0, HEAD_DIM)
+    count = tl.minimum(rows, tokens - split * rows)
     row = batch.to(tl.int64) * tokens + split * rows
-    key_ptrs = qkv_ptr + row * (3 * channels) + channels + head * HEAD_DIM
-    key_ptrs = key_ptrs + n[:, None] * (3 * channels) + d[None, :]
-    weight = _load_weight(norm_k_weight_ptr, head, QK_NORM, HEAD_DIM)
-    state = tl.zeros([HEAD_DIM, HEAD_DIM], tl.float32)
-    masses = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
-    for start in range(0, stop, BLOCK_N):
-        inside = (start + n < stop)[:, None]
-        key = tl.load(key_ptrs, mask=inside, other=0.0)
-        value = tl.load(key_ptrs + channels, mask=inside, other=0.0)
-        key = _signed_relu(key, weight, QK_NORM)
-        if QK_NORM:
-            scale = tl.load(key_scale_ptr + row + start + n, mask=start + n < stop, other=0.0)
-            key = (key.to(tl.float32) * scale[:, None]).to(key.dtype)
-        state = _accumulate(tl.trans(key), value, state)
-        masses += key.to(tl.float32)
-        key_ptrs += BLOCK_N * 3 * channels
-    mass = tl.sum(masses, axis=0)
-    if QK_NORM:
-        state *= tl.abs(weight)[:, None]
-        mass *= tl.abs(weight)
+    state, mass = _sum_tokens(
+        qkv_ptr, key_scale_ptr, norm_k_weight_ptr, row, head, count, channels, QK_NORM, HEAD_DIM, BLOCK_N
+    )
     _store_part(parts_ptr, sequence, split, tl.num_programs(1), state, mass, HEAD_DIM)
+
+
+@triton.jit
+def _apply_part(
+    qkv_ptr,
+    norm_q_weight_ptr,
+    parts_ptr,
+    inverse,
+    out_ptr,
+    tokens,
+    channels,
+    rows,
+    splits,
+    eps,
+    QK_NORM: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Program (b * heads + head, i) writes tokens [i * rows, + rows)."""
+    sequence, block = tl.program_id(0), tl.program_id(1)
+    heads = channels // HEAD_DIM
+    batch, head = sequence // heads, sequence % heads
+    count = tl.minimum(rows, tokens - block * rows)
+    row = batch.to(tl.int64) * tokens + block * rows
+    state, mass = _sum_parts(parts_ptr, sequence, splits, HEAD_DIM)
+    _apply_tokens(
+        qkv_ptr,
+        norm_q_weight_ptr,
+        state,
+        mass,
+        inverse,
+        out_ptr,
+        row,
+        head,
+        count,
+        channels,
+        eps,
+        QK_NORM,
+        HEAD_DIM,
+        BLOCK_N,
+    )
 
 
 @triton.jit
@@ -182,28 +305,104 @@ def apply_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """out = (q S) / (q . z + eps): program (b * heads + head, i) writes tokens [i * rows, + rows)."""
+    """out = (q S) / (q . z + eps), in the dtype of qkv; the TensorRT plugin launches it with these arguments."""
+    _apply_part(
+        qkv_ptr,
+        norm_q_weight_ptr,
+        parts_ptr,
+        1.0,
+        out_ptr,
+        tokens,
+        channels,
+        rows,
+        splits,
+        eps,
+        QK_NORM,
+        HEAD_DIM,
+        BLOCK_N,
+    )
+
+
+@triton.jit
+def apply_codes_kernel(
+    qkv_ptr,
+    norm_q_weight_ptr,
+    parts_ptr,
+    scale_ptr,
+    out_ptr,
+    tokens,
+    channels,
+    rows,
+    splits,
+    eps,
+    QK_NORM: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """`apply_kernel` whose result is divided by the scale and written in 8 bits."""
+    inverse = inverse_scale(scale_ptr, out_ptr.dtype.element_ty)
+    _apply_part(
+        qkv_ptr,
+        norm_q_weight_ptr,
+        parts_ptr,
+        inverse,
+        out_ptr,
+        tokens,
+        channels,
+        rows,
+        splits,
+        eps,
+        QK_NORM,
+        HEAD_DIM,
+        BLOCK_N,
+    )
+
+
+@triton.jit
+def fused_kernel(
+    qkv_ptr,
+    key_scale_ptr,
+    norm_q_weight_ptr,
+    norm_k_weight_ptr,
+    scale_ptr,
+    out_ptr,
+    tokens,
+    channels,
+    rows,
+    eps,
+    QK_NORM: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """State and result in one launch, in the dtype of qkv or in 8 bits.
+
+    Program (b * heads + head, i) sums all tokens and writes tokens [i * rows, + rows): nothing lies between the
+    launches, but k and v are read once per i.
+    """
     sequence, block = tl.program_id(0), tl.program_id(1)
     heads = channels // HEAD_DIM
     batch, head = sequence // heads, sequence % heads
-    stop = tl.minimum(rows, tokens - block * rows)
-    n, d = tl.arange(0, BLOCK_N), tl.arange(0, HEAD_DIM)
-    row = batch.to(tl.int64) * tokens + block * rows
-    query_ptrs = qkv_ptr + row * (3 * channels) + head * HEAD_DIM + n[:, None] * (3 * channels) + d[None, :]
-    out_ptrs = out_ptr + row * channels + head * HEAD_DIM + n[:, None] * channels + d[None, :]
-    weight = _load_weight(norm_q_weight_ptr, head, QK_NORM, HEAD_DIM)
-    state, mass = _sum_parts(parts_ptr, sequence, splits, HEAD_DIM)
-    if QK_NORM:
-        state *= tl.abs(weight)[:, None]
-        mass *= tl.abs(weight)
-    for start in range(0, stop, BLOCK_N):
-        inside = (start + n < stop)[:, None]
-        query = _signed_relu(tl.load(query_ptrs, mask=inside, other=0.0), weight, QK_NORM)
-        denominator = tl.sum(query.to(tl.float32) * mass[None, :], axis=1) + _fp32(eps)
-        out = _dot(query, state) / denominator[:, None]
-        tl.store(out_ptrs, out.to(query.dtype), mask=inside)
-        query_ptrs += BLOCK_N * 3 * channels
-        out_ptrs += BLOCK_N * channels
+    inverse = inverse_scale(scale_ptr, out_ptr.dtype.element_ty)
+    row = batch.to(tl.int64) * tokens
+    state, mass = _sum_tokens(
+        qkv_ptr, key_scale_ptr, norm_k_weight_ptr, row, head, tokens, channels, QK_NORM, HEAD_DIM, BLOCK_N
+    )
+    _apply_tokens(
+        qkv_ptr,
+        norm_q_weight_ptr,
+        state,
+        mass,
+        inverse,
+        out_ptr,
+        row + block * rows,
+        head,
+        tl.minimum(rows, tokens - block * rows),
+        channels,
+        eps,
+        QK_NORM,
+        HEAD_DIM,
+        BLOCK_N,
+    )
 
 
 @triton.jit
@@ -383,11 +582,16 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Tilings:
-    """The tilings of every kernel for one element size and head width."""
+    """The tilings of every kernel for one element size and head width.
+
+    `fused`: with up to `fused_tokens` tokens the forward is one launch with this tiling; None: it is two.
+    """
 
     state: Tiling
     apply: Tiling
     backward: Tiling
+    fused: Tiling | None = None
+    fused_tokens: int = 1024
     norm_block_rows: int = 4
     norm_block_channels: int = 512
 
@@ -412,21 +616,13 @@ def tilings(itemsize: int, head_dim: int) -> Tilings:
 # --- Host code ---
 
 
-class UnsupportedByTriton(ValueError):
-    """The Triton kernels cannot run these tensors on this machine; the message says why and what to do."""
-
-
-def check_support(qkv: torch.Tensor, head_dim: int) -> None:
-    """Raise `UnsupportedByTriton` unless the kernels can run: machine, dtype and head width."""
-    problem = None
+def check_support(qkv: torch.Tensor, head_dim: int, out_dtype: torch.dtype | None = None) -> None:
+    """Raise `UnsupportedByTriton` unless the kernels can run: machine, dtypes and head width."""
     if head_dim not in HEAD_DIMS:
-        problem = f"needs head_dim in {HEAD_DIMS}, got {head_dim}"
-    elif qkv.dtype not in DTYPES:
-        problem = f"needs float32, bfloat16 or float16, got {qkv.dtype}"
-    elif qkv.device.type != "cuda" and not ON_CPU:
-        problem = f"needs a CUDA tensor, got one on {qkv.device.type}"
-    if problem:
-        raise UnsupportedByTriton(f"linear_attention: impl='triton' {problem}. Use impl='reference'.")
+        raise UnsupportedByTriton(
+            f"linear_attention: impl='triton' needs head_dim in {HEAD_DIMS}, got {head_dim}. Use impl='reference'."
+        )
+    check_output_support("linear_attention", qkv, out_dtype)
 
 
 def forward(
@@ -436,22 +632,29 @@ def forward(
     head_dim: int,
     eps: float,
     norm_eps: float,
+    out_scale: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    *,
+    tiles: Tilings | None = None,
 ) -> torch.Tensor:
-    """The Triton forward: qkv [B, N, 3C] -> a new tensor [B, N, C] of its dtype. Arguments as in `api`."""
-    check_support(qkv, head_dim)
-    call = _Call.of(qkv, norm_q_weight, norm_k_weight, head_dim, norm_eps)
-    out = qkv.new_empty(call.batch, call.tokens, call.channels)
+    """The Triton forward: qkv [B, N, 3C] -> a new tensor [B, N, C] of its dtype or `out_dtype`. Arguments as in `api`;
+    `tiles` takes the place of `tilings` where others are to be measured.
+    """
+    check_support(qkv, head_dim, out_dtype)
+    call = _Call.of(qkv, norm_q_weight, norm_k_weight, head_dim, norm_eps, tiles)
+    out = qkv.new_empty(call.batch, call.tokens, call.channels, dtype=out_dtype or qkv.dtype)
     if out.numel() == 0:
+        return out
+    if call.tilings.fused is not None and call.tokens <= call.tilings.fused_tokens:
+        call.fused(call.tilings.fused, out_scale, out, eps)
         return out
     parts, splits = call.state()
     tiling = call.tilings.apply
     blocks, rows = tiling.split(call.tokens, call.sequences)
-    call.launch(
-        apply_kernel,
-        (call.sequences, blocks),
-        tiling,
-        (call.qkv, call.norm_q_weight, parts, out, call.tokens, call.channels, rows, splits, eps),
-    )
+    kernel, scale = (apply_kernel, ()) if out_scale is None else (apply_codes_kernel, (out_scale,))
+    sizes = (call.tokens, call.channels, rows, splits, eps)
+    arguments = (call.qkv, call.norm_q_weight, parts, *scale, out, *sizes)
+    call.launch(kernel, (call.sequences, blocks), tiling, arguments)
     return out
 
 
@@ -506,6 +709,7 @@ class _Call:
     qk_norm: bool
     head_dim: int
     norm_eps: float
+    tilings: Tilings
 
     @staticmethod
     def of(
@@ -514,14 +718,16 @@ class _Call:
         norm_k_weight: torch.Tensor | None,
         head_dim: int,
         norm_eps: float,
+        tiles: Tilings | None = None,
     ) -> "_Call":
         """Make the tensors contiguous and allocate the scale of k. Never read when there is no qk-norm."""
         qkv = qkv.contiguous()
+        tiles = tiles or tilings(qkv.element_size(), head_dim)
         if norm_q_weight is None or norm_k_weight is None:
-            return _Call(qkv, qkv, qkv, qkv, False, head_dim, norm_eps)
+            return _Call(qkv, qkv, qkv, qkv, False, head_dim, norm_eps, tiles)
         key_scale = qkv.new_empty(qkv.shape[:2], dtype=torch.float32)
         weights = (norm_q_weight.contiguous(), norm_k_weight.contiguous())
-        return _Call(qkv, *weights, key_scale, True, head_dim, norm_eps)
+        return _Call(qkv, *weights, key_scale, True, head_dim, norm_eps, tiles)
 
     @property
     def batch(self) -> int:
@@ -543,10 +749,6 @@ class _Call:
     def sequences(self) -> int:
         return self.batch * self.heads
 
-    @functools.cached_property
-    def tilings(self) -> Tilings:
-        return tilings(self.qkv.element_size(), self.head_dim)
-
     def new_fp32(self, *shape: int) -> torch.Tensor:
         return self.qkv.new_empty(shape, dtype=torch.float32)
 
@@ -564,9 +766,18 @@ class _Call:
         self.launch(state_kernel, (self.sequences, splits), tiling, (*tensors, self.tokens, self.channels, rows))
         return parts, splits
 
+    def fused(self, tiling: Tiling, out_scale: torch.Tensor | None, out: torch.Tensor, eps: float) -> None:
+        """The whole forward in one launch, after the scale of k where there is qk-norm."""
+        if self.qk_norm:
+            self._key_rms()
+        blocks, rows = tiling.split(self.tokens, self.sequences)
+        scale = self.qkv if out_scale is None else out_scale  # never read when nothing is quantised
+        tensors = (self.qkv, self.key_scale, self.norm_q_weight, self.norm_k_weight, scale, out)
+        self.launch(fused_kernel, (self.sequences, blocks), tiling, (*tensors, self.tokens, self.channels, rows, eps))
+
     def launch(self, kernel: Any, grid: tuple[int, int], tiling: Tiling, arguments: tuple[Any, ...]) -> None:
         """Queue one of the kernels that work per head."""
-        _launcher(kernel)[grid](
+        launcher(kernel)[grid](
             *arguments,
             QK_NORM=self.qk_norm,
             HEAD_DIM=self.head_dim,
@@ -577,7 +788,7 @@ class _Call:
 
     def _key_rms(self) -> None:
         rows, block = self.batch * self.tokens, self.tilings.norm_block_rows
-        _launcher(key_rms_kernel)[(-(-rows // block),)](
+        launcher(key_rms_kernel)[(-(-rows // block),)](
             self.qkv,
             self.key_scale,
             rows,
@@ -591,7 +802,7 @@ class _Call:
     def key_norm_backward(self, row_dots: torch.Tensor, grad_qkv: torch.Tensor) -> None:
         """Turn the gradient of the normalised k into that of k, inside `grad_qkv`."""
         rows, block = self.batch * self.tokens, self.tilings.norm_block_rows
-        _launcher(key_norm_backward_kernel)[(-(-rows // block),)](
+        launcher(key_norm_backward_kernel)[(-(-rows // block),)](
             self.qkv,
             self.key_scale,
             row_dots,
@@ -604,8 +815,3 @@ class _Call:
             BLOCK_HEADS=triton.next_power_of_2(self.heads),
             num_warps=4,
         )
-
-
-def _launcher(kernel: Any) -> Any:
-    """The kernel as torch.compile and AOTInductor can see it; Triton's interpreter takes it as it is."""
-    return kernel if ON_CPU else library.wrap_triton(kernel)

@@ -17,9 +17,11 @@ def linear_attention_triton(
     head_dim: int,
     eps: float,
     norm_eps: float,
+    out_scale: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """The arguments and the result of `torch.ops.sana.linear_attention`."""
-    return kernels.forward(qkv, norm_q_weight, norm_k_weight, head_dim, eps, norm_eps)
+    return kernels.forward(qkv, norm_q_weight, norm_k_weight, head_dim, eps, norm_eps, out_scale, out_dtype)
 
 
 @library.triton_op("sana::linear_attention_backward_triton", mutates_args=())

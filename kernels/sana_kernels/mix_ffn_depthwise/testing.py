@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from sana_kernels.linear_attention.testing import Finding, compare, dtype_name
+from sana_kernels.linear_attention.testing import CodeFinding, Finding, compare, compare_codes, dtype_name
 from sana_kernels.mix_ffn_depthwise.api import Impl, mix_ffn_depthwise, tap_major
-from sana_kernels.mix_ffn_depthwise.quantization import QUANTIZED_DTYPES, narrow
+from sana_kernels.mix_ffn_depthwise.quantization import QUANTIZED_DTYPES
 from sana_kernels.mix_ffn_depthwise.reference import (
     mix_ffn_depthwise_backward_reference,
     mix_ffn_depthwise_reference,
@@ -43,15 +43,6 @@ class Inputs:
     weight: torch.Tensor
     bias: torch.Tensor
     grad: torch.Tensor
-
-
-@dataclass(frozen=True)
-class CodeFinding:
-    """How many 8-bit values differ from the reference's, of how many, and how many may: those next to a tie."""
-
-    different: int
-    near_ties: int
-    values: int
 
 
 def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
@@ -131,29 +122,6 @@ def verify_codes(case: Case, device: str, impl: Impl | None, *, seed: int = 0) -
     return compare_codes(codes, reference, exact, error, scale)
 
 
-def compare_codes(
-    codes: torch.Tensor, reference: torch.Tensor, exact: torch.Tensor, error: torch.Tensor, scale: torch.Tensor
-) -> CodeFinding:
-    """`codes` must lie between those of exact - error and exact + error (fp64, before quantisation)."""
-    assert codes.dtype == reference.dtype, f"{codes.dtype} instead of {reference.dtype}"
-    # The division by the scale, or the product with its reciprocal, rounds twice more.
-    error = error + exact.abs() * 2.0**-22
-    low, high = (narrow(y, scale, codes.dtype).float() for y in (exact - error, exact + error))
-    found = codes.float()
-    wrong = ~((low <= found) & (found <= high))  # also when NaN
-    if wrong.any():
-        worst = tuple(int(i) for i in wrong.nonzero()[0])
-        raise AssertionError(
-            f"{int(wrong.sum())} of {found.numel()} codes are wrong, the first at {worst}: {float(found[worst]):g} "
-            f"instead of {float(low[worst]):g} to {float(high[worst]):g}"
-        )
-    saturated = found.abs() >= QUANTIZED_DTYPES[codes.dtype][1]
-    assert saturated.any(), "no result saturates: the case does not test it"
-    assert not saturated.all(), "every result saturates"
-    different = int((found != reference.float()).sum())
-    return CodeFinding(different, int((low != high).sum()), found.numel())
-
-
 def _fp32_error(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """What an fp32 computation of the result may lose, from fp64 inputs: README.md."""
     value, gate = _convolve(F.silu(x), weight, bias, height, width)
@@ -163,7 +131,12 @@ def _fp32_error(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, heigh
 
 
 def compile_ahead(
-    kernel: Any, capability: int, types: Mapping[str, str], constants: Mapping[str, Any], num_warps: int
+    kernel: Any,
+    capability: int,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    num_warps: int,
+    num_stages: int = 1,
 ) -> Any:
     """Compile a Triton kernel for a GPU that need not be there: 89 is sm_89.
 
@@ -183,5 +156,5 @@ def compile_ahead(
         constexprs=dict(constants),
         attrs={(position,): [["tt.divisibility", 16]] for position in aligned},
     )
-    options = {"num_warps": num_warps, "num_stages": 1}
+    options = {"num_warps": num_warps, "num_stages": num_stages}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import library
 
-from sana_kernels.linear_attention.triton import INTERPRETED, ON_CPU, UnsupportedByTriton
+from sana_kernels.machine import INTERPRETED, ON_CPU, UnsupportedByTriton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from sana_kernels.linear_attention.testing import Finding, compare, dtype_name
+from sana_kernels.linear_attention.testing import CodeFinding, Finding, compare, compare_codes, dtype_name
 from sana_kernels.mix_ffn_depthwise.quantization import QUANTIZED_DTYPES
-from sana_kernels.mix_ffn_depthwise.testing import CodeFinding, compare_codes
 from sana_kernels.modulated_norm.api import (
     Impl,
     channel_rms_norm,
