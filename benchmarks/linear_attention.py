@@ -68,8 +68,6 @@ SWEPT = {
     "decoder stage 3, 1024 px": Case(1, 16384, 512),
     "decoder stage 5, 1024 px": Case(1, 1024, 1024),
 }
-# One launch reads k and v once per part of the tokens: not for many.
-_FUSED_TOKENS = 4096
 _CACHED_CALLS = 20
 _CACHE_BYTES = 200 << 20
 _COPY_BYTES = 1 << 30
@@ -275,12 +273,10 @@ def sweep() -> int:
     wrong = 0
     for name, case in SWEPT.items():
         best = kernels.tilings(case.dtype.itemsize, case.head_dim)
-        for kernel in ("state", "apply", "fused"):
-            if kernel == "fused" and case.tokens > _FUSED_TOKENS:
-                continue
+        for kernel in ("state", "apply"):
             times: dict[Tilings, float] = {}
             for tiling in candidates(kernel, best):
-                tiles = dataclasses.replace(best, fused_tokens=_FUSED_TOKENS, **{kernel: tiling})
+                tiles = dataclasses.replace(best, **{kernel: tiling})
                 print(f"{name:26} {kernel:6} {_spelled(tiling):26}", end=" ", flush=True)
                 try:
                     verify_tilings(case, "cuda", tiles)
@@ -293,12 +289,8 @@ def sweep() -> int:
                     continue
                 cold, times[tiles] = (tiled_time_us(case, tiles, cached=cached) for cached in (False, True))
                 print(f"{cold:8.2f} {times[tiles]:8.2f} cached", flush=True)
-            two = best
             best = min(times, key=times.__getitem__, default=best)
             print(f"{name:26} {kernel:6} fastest: {_spelled(getattr(best, kernel))}", flush=True)
-            if kernel == "fused":
-                launches = tiled_time_us(case, two, cached=True)
-                print(f"{name:26} two launches {launches:.2f}, one {times.get(best, float('nan')):.2f} cached")
     return wrong
 
 
@@ -309,12 +301,9 @@ def candidates(kernel: str, tiles: "Tilings") -> Iterator["Tiling"]:
     table = {
         "state": ((64, 128, 256), (144, 288, 576), ((4, 2), (4, 3), (4, 4), (8, 3))),
         "apply": ((64, 128), (288, 576, 1152), ((4, 1), (4, 2), (4, 3), (8, 2))),
-        # Programs: one part per head, and about two and four at 72 heads.
-        "fused": ((64, 128, 256), (1, 144, 288), ((4, 2), (4, 3), (4, 4), (8, 2), (8, 3), (8, 4), (16, 3))),
     }
-    used = getattr(tiles, kernel)
-    if used is not None:
-        yield used
+    used: Tiling = getattr(tiles, kernel)
+    yield used
     rows, programs, warps_and_stages = table[kernel]
     for block_rows in rows:
         for warps, stages in warps_and_stages:

@@ -2,8 +2,7 @@
 
 Forward, two launches (three with qk-norm): `state_kernel` reads k and v once and leaves, per head and per part of
 the tokens, S = sum k v^T and z = sum k; `apply_kernel` adds the parts up in a fixed order, reads q once and writes
-the result. No atomics: the same input gives the same bits. `fused_kernel` does both in one launch; every program of
-it sums all the tokens of its head, so it is for few of them. Backward, three launches (five with qk-norm).
+the result. No atomics: the same input gives the same bits. Backward, three launches (five with qk-norm).
 
 qk-norm costs one small pass (`key_rms_kernel`), because two parts of it fold away (README.md has the argument):
 the row scale of q cancels in the ratio, and a weight w leaves ReLU as |w| with the sign of w given to its input,
@@ -52,27 +51,6 @@ def _accumulate(columns, rows, total):
         columns = columns.to(tl.float32)
         rows = rows.to(tl.float32)
     return tl.dot(columns, rows, total, input_precision="ieee")
-
-
-@triton.jit
-def _query_product(query, state):
-    """query [M, K] times state [K, N] in fp32, to fp32 accuracy.
-
-    An fp32 number is the sum of three in bf16 up to 2^-24 of itself: three products in bf16, whose query goes from
-    shared memory into the matrix units in wide loads; as tf32 each number of it would be loaded alone.
-    """
-    if query.dtype == tl.bfloat16:
-        high = state.to(tl.bfloat16)
-        rest = state - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
-        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        product = tl.zeros([query.shape[0], state.shape[1]], tl.float32)
-        product = _accumulate(query, low, product)
-        product = _accumulate(query, middle, product)
-        product = _accumulate(query, high, product)
-    else:
-        product = _dot(query, state)
-    return product
 
 
 @triton.jit
@@ -145,86 +123,6 @@ def key_rms_kernel(qkv_ptr, key_scale_ptr, rows, channels, norm_eps, BLOCK_ROWS:
 
 
 @triton.jit
-def _sum_tokens(
-    qkv_ptr,
-    key_scale_ptr,
-    norm_k_weight_ptr,
-    row,
-    head,
-    count,
-    channels,
-    QK_NORM: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """S [D, D] and z [D] of one head over `count` tokens, the first of which is row `row` of the B*N."""
-    n, d = tl.arange(0, BLOCK_N), tl.arange(0, HEAD_DIM)
-    key_ptrs = qkv_ptr + row * (3 * channels) + channels + head * HEAD_DIM
-    key_ptrs = key_ptrs + n[:, None] * (3 * channels) + d[None, :]
-    weight = _load_weight(norm_k_weight_ptr, head, QK_NORM, HEAD_DIM)
-    state = tl.zeros([HEAD_DIM, HEAD_DIM], tl.float32)
-    masses = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
-    for start in range(0, count, BLOCK_N):
-        inside = (start + n < count)[:, None]
-        key = tl.load(key_ptrs, mask=inside, other=0.0)
-        value = tl.load(key_ptrs + channels, mask=inside, other=0.0)
-        key = _signed_relu(key, weight, QK_NORM)
-        if QK_NORM:
-            scale = tl.load(key_scale_ptr + row + start + n, mask=start + n < count, other=0.0)
-            key = (key.to(tl.float32) * scale[:, None]).to(key.dtype)
-        state = _accumulate(tl.trans(key), value, state)
-        masses += key.to(tl.float32)
-        key_ptrs += BLOCK_N * 3 * channels
-    mass = tl.sum(masses, axis=0)
-    if QK_NORM:
-        state *= tl.abs(weight)[:, None]
-        mass *= tl.abs(weight)
-    return state, mass
-
-
-@triton.jit
-def _apply_tokens(
-    qkv_ptr,
-    norm_q_weight_ptr,
-    state,
-    mass,
-    inverse,
-    out_ptr,
-    row,
-    head,
-    count,
-    channels,
-    eps,
-    QK_NORM: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """out = (q S) / (q . z + eps) of one head for `count` tokens from row `row` of the B*N on.
-
-    In the dtype of qkv, or times `inverse` as codes where `out_ptr` is one of 8 bits.
-    """
-    n, d = tl.arange(0, BLOCK_N), tl.arange(0, HEAD_DIM)
-    query_ptrs = qkv_ptr + row * (3 * channels) + head * HEAD_DIM + n[:, None] * (3 * channels) + d[None, :]
-    out_ptrs = out_ptr + row * channels + head * HEAD_DIM + n[:, None] * channels + d[None, :]
-    weight = _load_weight(norm_q_weight_ptr, head, QK_NORM, HEAD_DIM)
-    if QK_NORM:
-        state *= tl.abs(weight)[:, None]
-        mass *= tl.abs(weight)
-    for start in range(0, count, BLOCK_N):
-        inside = (start + n < count)[:, None]
-        query = _signed_relu(tl.load(query_ptrs, mask=inside, other=0.0), weight, QK_NORM)
-        denominator = tl.sum(query.to(tl.float32) * mass[None, :], axis=1) + _fp32(eps)
-        out = _query_product(query, state) / denominator[:, None]
-        if out_ptr.dtype.element_ty == query.dtype:
-            result = out.to(query.dtype)
-        else:
-            result = narrow(out, inverse, out_ptr.dtype.element_ty)
-        tl.store(out_ptrs, result, mask=inside)
-        query_ptrs += BLOCK_N * 3 * channels
-        out_ptrs += BLOCK_N * channels
-
-
-@triton.jit
 def state_kernel(
     qkv_ptr,
     key_scale_ptr,
@@ -241,11 +139,29 @@ def state_kernel(
     sequence, split = tl.program_id(0), tl.program_id(1)
     heads = channels // HEAD_DIM
     batch, head = sequence // heads, sequence % heads
-    count = tl.minimum(rows, tokens - split * rows)
+    stop = tl.minimum(rows, tokens - split * rows)
+    n, d = tl.arange(0, BLOCK_N), tl.arange(0, HEAD_DIM)
     row = batch.to(tl.int64) * tokens + split * rows
-    state, mass = _sum_tokens(
-        qkv_ptr, key_scale_ptr, norm_k_weight_ptr, row, head, count, channels, QK_NORM, HEAD_DIM, BLOCK_N
-    )
+    key_ptrs = qkv_ptr + row * (3 * channels) + channels + head * HEAD_DIM
+    key_ptrs = key_ptrs + n[:, None] * (3 * channels) + d[None, :]
+    weight = _load_weight(norm_k_weight_ptr, head, QK_NORM, HEAD_DIM)
+    state = tl.zeros([HEAD_DIM, HEAD_DIM], tl.float32)
+    masses = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
+    for start in range(0, stop, BLOCK_N):
+        inside = (start + n < stop)[:, None]
+        key = tl.load(key_ptrs, mask=inside, other=0.0)
+        value = tl.load(key_ptrs + channels, mask=inside, other=0.0)
+        key = _signed_relu(key, weight, QK_NORM)
+        if QK_NORM:
+            scale = tl.load(key_scale_ptr + row + start + n, mask=start + n < stop, other=0.0)
+            key = (key.to(tl.float32) * scale[:, None]).to(key.dtype)
+        state = _accumulate(tl.trans(key), value, state)
+        masses += key.to(tl.float32)
+        key_ptrs += BLOCK_N * 3 * channels
+    mass = tl.sum(masses, axis=0)
+    if QK_NORM:
+        state *= tl.abs(weight)[:, None]
+        mass *= tl.abs(weight)
     _store_part(parts_ptr, sequence, split, tl.num_programs(1), state, mass, HEAD_DIM)
 
 
@@ -265,29 +181,32 @@ def _apply_part(
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Program (b * heads + head, i) writes tokens [i * rows, + rows)."""
+    """Program (b * heads + head, i) writes tokens [i * rows, + rows), times `inverse` where the output has 8 bits."""
     sequence, block = tl.program_id(0), tl.program_id(1)
     heads = channels // HEAD_DIM
     batch, head = sequence // heads, sequence % heads
-    count = tl.minimum(rows, tokens - block * rows)
+    stop = tl.minimum(rows, tokens - block * rows)
+    n, d = tl.arange(0, BLOCK_N), tl.arange(0, HEAD_DIM)
     row = batch.to(tl.int64) * tokens + block * rows
+    query_ptrs = qkv_ptr + row * (3 * channels) + head * HEAD_DIM + n[:, None] * (3 * channels) + d[None, :]
+    out_ptrs = out_ptr + row * channels + head * HEAD_DIM + n[:, None] * channels + d[None, :]
+    weight = _load_weight(norm_q_weight_ptr, head, QK_NORM, HEAD_DIM)
     state, mass = _sum_parts(parts_ptr, sequence, splits, HEAD_DIM)
-    _apply_tokens(
-        qkv_ptr,
-        norm_q_weight_ptr,
-        state,
-        mass,
-        inverse,
-        out_ptr,
-        row,
-        head,
-        count,
-        channels,
-        eps,
-        QK_NORM,
-        HEAD_DIM,
-        BLOCK_N,
-    )
+    if QK_NORM:
+        state *= tl.abs(weight)[:, None]
+        mass *= tl.abs(weight)
+    for start in range(0, stop, BLOCK_N):
+        inside = (start + n < stop)[:, None]
+        query = _signed_relu(tl.load(query_ptrs, mask=inside, other=0.0), weight, QK_NORM)
+        denominator = tl.sum(query.to(tl.float32) * mass[None, :], axis=1) + _fp32(eps)
+        out = _dot(query, state) / denominator[:, None]
+        if out_ptr.dtype.element_ty == query.dtype:
+            result = out.to(query.dtype)
+        else:
+            result = narrow(out, inverse, out_ptr.dtype.element_ty)
+        tl.store(out_ptrs, result, mask=inside)
+        query_ptrs += BLOCK_N * 3 * channels
+        out_ptrs += BLOCK_N * channels
 
 
 @triton.jit
@@ -351,53 +270,6 @@ def apply_codes_kernel(
         channels,
         rows,
         splits,
-        eps,
-        QK_NORM,
-        HEAD_DIM,
-        BLOCK_N,
-    )
-
-
-@triton.jit
-def fused_kernel(
-    qkv_ptr,
-    key_scale_ptr,
-    norm_q_weight_ptr,
-    norm_k_weight_ptr,
-    scale_ptr,
-    out_ptr,
-    tokens,
-    channels,
-    rows,
-    eps,
-    QK_NORM: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """State and result in one launch, in the dtype of qkv or in 8 bits.
-
-    Program (b * heads + head, i) sums all tokens and writes tokens [i * rows, + rows): nothing lies between the
-    launches, but k and v are read once per i.
-    """
-    sequence, block = tl.program_id(0), tl.program_id(1)
-    heads = channels // HEAD_DIM
-    batch, head = sequence // heads, sequence % heads
-    inverse = inverse_scale(scale_ptr, out_ptr.dtype.element_ty)
-    row = batch.to(tl.int64) * tokens
-    state, mass = _sum_tokens(
-        qkv_ptr, key_scale_ptr, norm_k_weight_ptr, row, head, tokens, channels, QK_NORM, HEAD_DIM, BLOCK_N
-    )
-    _apply_tokens(
-        qkv_ptr,
-        norm_q_weight_ptr,
-        state,
-        mass,
-        inverse,
-        out_ptr,
-        row + block * rows,
-        head,
-        tl.minimum(rows, tokens - block * rows),
-        channels,
         eps,
         QK_NORM,
         HEAD_DIM,
@@ -582,16 +454,11 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Tilings:
-    """The tilings of every kernel for one element size and head width.
-
-    `fused`: with up to `fused_tokens` tokens the forward is one launch with this tiling; None: it is two.
-    """
+    """The tilings of every kernel for one element size and head width."""
 
     state: Tiling
     apply: Tiling
     backward: Tiling
-    fused: Tiling | None = None
-    fused_tokens: int = 1024
     norm_block_rows: int = 4
     norm_block_channels: int = 512
 
@@ -644,9 +511,6 @@ def forward(
     call = _Call.of(qkv, norm_q_weight, norm_k_weight, head_dim, norm_eps, tiles)
     out = qkv.new_empty(call.batch, call.tokens, call.channels, dtype=out_dtype or qkv.dtype)
     if out.numel() == 0:
-        return out
-    if call.tilings.fused is not None and call.tokens <= call.tilings.fused_tokens:
-        call.fused(call.tilings.fused, out_scale, out, eps)
         return out
     parts, splits = call.state()
     tiling = call.tilings.apply
@@ -765,15 +629,6 @@ class _Call:
         tensors = (self.qkv, self.key_scale, self.norm_k_weight, parts)
         self.launch(state_kernel, (self.sequences, splits), tiling, (*tensors, self.tokens, self.channels, rows))
         return parts, splits
-
-    def fused(self, tiling: Tiling, out_scale: torch.Tensor | None, out: torch.Tensor, eps: float) -> None:
-        """The whole forward in one launch, after the scale of k where there is qk-norm."""
-        if self.qk_norm:
-            self._key_rms()
-        blocks, rows = tiling.split(self.tokens, self.sequences)
-        scale = self.qkv if out_scale is None else out_scale  # never read when nothing is quantised
-        tensors = (self.qkv, self.key_scale, self.norm_q_weight, self.norm_k_weight, scale, out)
-        self.launch(fused_kernel, (self.sequences, blocks), tiling, (*tensors, self.tokens, self.channels, rows, eps))
 
     def launch(self, kernel: Any, grid: tuple[int, int], tiling: Tiling, arguments: tuple[Any, ...]) -> None:
         """Queue one of the kernels that work per head."""
