@@ -623,6 +623,7 @@ def own_kernels(session: Session, size: str, config: TransformerConfig) -> None:
     work: dict[str, Callable[[], object]] = {
         "modulated norm with gated branch, fp8 out": lambda: residual_modulated_norm(x, branch, row, row, row, **out),
         "linear attention": lambda: linear_attention(qkv, head_dim=config.head_dim, impl=impl),
+        "linear attention, fp8 out": lambda: linear_attention(qkv, head_dim=config.head_dim, **out),
         "depthwise, fp8 out": lambda: mix_ffn_depthwise(wide, taps, bias, side, side, **out),
         "depthwise, bf16 out": lambda: mix_ffn_depthwise(wide, taps, bias, side, side, impl=impl),
     }

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
@@ -39,6 +39,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import nn
 
 from sana_calibration.fake_quant import fake_quantize_in_place
@@ -54,7 +55,7 @@ from sana_export.scenes.reading import read_picture
 from sana_export.scenes.scoring import ATTRIBUTES, Score, score, summarise
 from sana_export.weights.checkpoint import SHIPPED_MODEL, SHIPPED_SIDE, open_checkpoint
 from sana_runtime.contract import COMPONENTS, ComponentName
-from sana_runtime.errors import BuildError, SanaError
+from sana_runtime.errors import BuildError, InputError, SanaError
 from sana_runtime.files import whole_file
 from sana_runtime.manifest import MANIFEST_NAME, SchedulerEntry, read_manifest
 from sana_runtime.pipeline import Pipeline, draw_noise, seeded_generator
@@ -294,6 +295,29 @@ def judged(picture: Pixels, prompt: Prompt, reference: Pixels) -> Judged:
     return Judged(score(prompt, read_picture(picture)), psnr, ssim(picture, reference))
 
 
+def save_pictures(folder: Path, pictures: Iterable[Pixels]) -> None:
+    """As `folder`/NNNN.png; the folder appears when all are there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        for index, picture in enumerate(pictures):
+            Image.fromarray(picture).save(Path(temporary, f"{index:04}.png"))
+        Path(temporary).replace(folder)
+        Path(temporary).mkdir()  # what the context manager removes
+
+
+def load_pictures(folder: Path, count: int) -> list[Pixels]:
+    """What `save_pictures` wrote. Raises `InputError` where pictures are missing or damaged."""
+    try:
+        return [np.asarray(Image.open(folder / f"{index:04}.png").convert("RGB")) for index in range(count)]
+    except OSError as error:
+        raise InputError(
+            "the reference pictures cannot be read",
+            received=str(error),
+            expected=f"{count} pictures in {folder}",
+            action=f"remove {folder}: they are painted again",
+        ) from error
+
+
 class Measurement:
     """All rows of one command. Reference pictures are kept in memory, a set per solver and number of steps."""
 
@@ -322,9 +346,14 @@ class Measurement:
         yield from self.painters[way.precision].paint(way.solver, way.steps)
 
     def reference(self, way: Way) -> list[Pixels]:
-        """The bf16 pictures."""
+        """The bf16 pictures, kept as files beside the bundles: whoever painted them on a GPU need not paint them again
+        where the bundles run.
+        """
         if way.reference not in self.references:
-            self.references[way.reference] = list(self.pictures(way.reference))
+            folder = self.bundles / "references" / f"{self.weights}-{way.solver}-{way.steps}-{len(self.texts)}"
+            if not folder.exists():
+                save_pictures(folder, self.pictures(way.reference))
+            self.references[way.reference] = load_pictures(folder, len(self.texts))
         return self.references[way.reference]
 
     def row(self, way: Way) -> Row:
@@ -417,6 +446,8 @@ def main() -> int:
     arguments = parser.parse_args()
     # fp32 is fp32.
     torch.backends.cudnn.allow_tf32 = False
+    # The modules paint in this process, alone.
+    torch.set_num_threads(os.cpu_count() or 1)
     try:
         with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
             _measure(arguments, Measurement(arguments, pool))
