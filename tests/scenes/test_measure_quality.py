@@ -1,5 +1,6 @@
 """Reference pictures are painted once, and kept."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ def test_reference_pictures_come_back_as_they_were(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_painting_leaves_no_folder(tmp_path: Path) -> None:
-    def interrupted():  # type: ignore[no-untyped-def]
+    def interrupted() -> Iterator[np.ndarray]:
         yield PICTURES[0]
         raise KeyboardInterrupt
 
@@ -29,7 +30,7 @@ def test_an_interrupted_painting_leaves_no_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"\x89PNG")])
-def test_a_damaged_reference_is_named(tmp_path: Path, damage) -> None:  # type: ignore[no-untyped-def]
+def test_a_damaged_reference_is_named(tmp_path: Path, damage: Callable[[Path], object]) -> None:
     folder = tmp_path / "some"
     save_pictures(folder, PICTURES)
     damage(folder / "0001.png")
