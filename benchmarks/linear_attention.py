@@ -12,9 +12,9 @@ Bytes are the floor: qkv read once and the result written once; for forward + ba
 and the gradient of qkv written on top. GB/s is the floor over the measured time, whatever was really moved. The
 ceiling is the faster of two copies measured in the same run.
 
-A sweep starts from the tilings in use and changes one kernel's at a time, keeping what was fastest; then it tries the
-forward in one launch. Every candidate is held to the oracle before it is timed, twice: over input sets that are not in
-the cache, and over one that is, as in a block, whose product has just written it. The second decides.
+A sweep starts from the tilings in use and changes one kernel's at a time, keeping what was fastest. Every candidate is
+held to the oracle before it is timed, twice: over input sets that are not in the cache, and over one that is, as in a
+block, whose product has just written it. The second decides.
 """
 
 import argparse
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROWS, help="file of rows to write (CSV)")
     arguments = parser.parse_args()
     if arguments.sweep:
-        sys.exit(sweep())
+        sys.exit(1 if sweep() else 0)
     if not arguments.render:
         write_rows(arguments.output, [*measure(arguments.commit)])
     if arguments.output == ROWS:
@@ -329,9 +329,7 @@ def tiled_time_us(case: Case, tiles: "Tilings", *, cached: bool) -> float:
     return statistics.median(graph_times_us(case, op, backward=False, cached=cached))
 
 
-def _spelled(tiling: "Tiling | None") -> str:
-    if tiling is None:
-        return "none"
+def _spelled(tiling: "Tiling") -> str:
     return f"{tiling.block_rows} rows {tiling.programs}p {tiling.num_warps}w {tiling.num_stages}s"
 
 

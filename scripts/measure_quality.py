@@ -8,7 +8,8 @@ of the same seed, solver and steps. Two ways of painting:
   scales of the bundle, which compute what its graphs compute;
 - onnxruntime: the bundle itself through sana-runtime on the CPU, one process per core.
 
-Bundles are built where they are missing. Rows that are there already are not measured again.
+Bundles are built where they are missing, and the bf16 pictures are kept beside them (references/): painted on a GPU,
+they serve for the rows of another machine. Rows that are there already are not measured again.
 
     python scripts/measure_quality.py --bundles build/quality
     python scripts/measure_quality.py --bundles build/quality --target onnxruntime --precision fp8 int8 --steps 20
@@ -302,7 +303,6 @@ def save_pictures(folder: Path, pictures: Iterable[Pixels]) -> None:
         for index, picture in enumerate(pictures):
             Image.fromarray(picture).save(Path(temporary, f"{index:04}.png"))
         Path(temporary).replace(folder)
-        Path(temporary).mkdir()  # what the context manager removes
 
 
 def load_pictures(folder: Path, count: int) -> list[Pixels]:
@@ -319,7 +319,7 @@ def load_pictures(folder: Path, count: int) -> list[Pixels]:
 
 
 class Measurement:
-    """All rows of one command. Reference pictures are kept in memory, a set per solver and number of steps."""
+    """All rows of one command. A set of reference pictures per solver and number of steps is held in memory."""
 
     def __init__(self, arguments: argparse.Namespace, pool: ProcessPoolExecutor) -> None:
         self.prompts = test_prompts(arguments.prompts)
@@ -333,6 +333,8 @@ class Measurement:
         self.pool = pool
         checkpoint = open_checkpoint(SHIPPED_MODEL)
         self.weights = checkpoint.digest("transformer")[:12]
+        # Files outlive a command: kept pictures are those of all components.
+        self.model = "-".join(checkpoint.digest(name)[:8] for name in COMPONENTS)
 
     def pictures(self, way: Way) -> Iterator[Pixels]:
         """Paint."""
@@ -350,7 +352,7 @@ class Measurement:
         where the bundles run.
         """
         if way.reference not in self.references:
-            folder = self.bundles / "references" / f"{self.weights}-{way.solver}-{way.steps}-{len(self.texts)}"
+            folder = self.bundles / "references" / f"{self.model}-{way.solver}-{way.steps}-{len(self.texts)}"
             if not folder.exists():
                 save_pictures(folder, self.pictures(way.reference))
             self.references[way.reference] = load_pictures(folder, len(self.texts))

@@ -124,7 +124,7 @@ def _examine_module(target: TargetName, module: str) -> Candidate:
 def _examine_two_wheels() -> Candidate:
     name = f"wheels {two_wheels.LIBRARY_WHEEL[0]} + {two_wheels.BINDINGS_WHEEL[0]}"
     try:
-        environment = library_path_with(two_wheels.library_folder())
+        environment = library_path_with(two_wheels.shared_library_folder())
     except two_wheels.NotAvailable as error:
         return Candidate(name, str(error))
     found = _probe(two_wheels.BINDINGS_MODULE, environment)

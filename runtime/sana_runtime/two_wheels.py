@@ -53,7 +53,7 @@ class NotAvailable(Exception):
     """Why this builder cannot be used here, in one line."""
 
 
-def library_folder() -> Path:
+def shared_library_folder() -> Path:
     """The folder to put on a child's `LD_LIBRARY_PATH`, built on first use and kept in the user's cache.
 
     Raises `NotAvailable` with the reason: another platform, a wheel missing or of another version, no C

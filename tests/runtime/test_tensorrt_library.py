@@ -167,26 +167,26 @@ def test_another_version_is_not_available(
     versions = {**dict([two_wheels.LIBRARY_WHEEL, two_wheels.BINDINGS_WHEEL]), name: other}
     monkeypatch.setattr(two_wheels.metadata, "distribution", lambda name: FakeWheel(fake_wheels, versions[name]))
     with pytest.raises(two_wheels.NotAvailable, match=f"{name} is version {other}, only {right} fits"):
-        two_wheels.library_folder()
+        two_wheels.shared_library_folder()
 
 
 def test_another_machine_is_not_available(fake_wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(two_wheels.platform, "machine", lambda: "aarch64")
     with pytest.raises(two_wheels.NotAvailable, match="Linux x86-64 only"):
-        two_wheels.library_folder()
+        two_wheels.shared_library_folder()
 
 
 def test_no_compiler_is_not_available(fake_wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CC", raising=False)
     with pytest.raises(two_wheels.NotAvailable, match="no C compiler"):
-        two_wheels.library_folder()
+        two_wheels.shared_library_folder()
 
 
 def test_a_failing_compiler_is_not_available(fake_wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "false")
     with pytest.raises(two_wheels.NotAvailable, match="false failed: exit 1"):
-        two_wheels.library_folder()
+        two_wheels.shared_library_folder()
     cache = environment.cache_folder() / "tensorrt-rtx"
     assert list(cache.iterdir()) == []
 
@@ -194,39 +194,39 @@ def test_a_failing_compiler_is_not_available(fake_wheels: Path, monkeypatch: pyt
 def test_damaged_wheel_is_not_available(fake_wheels: Path) -> None:
     (fake_wheels / two_wheels._PARSER).unlink()
     with pytest.raises(two_wheels.NotAvailable, match="damaged"):
-        two_wheels.library_folder()
+        two_wheels.shared_library_folder()
 
 
 def test_unwritable_cache_is_not_available(fake_wheels: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file is in the way")
     with pytest.raises(two_wheels.NotAvailable, match="cannot be written"):
-        two_wheels.library_folder()
+        two_wheels.shared_library_folder()
 
 
 @pytest.mark.usefixtures("compiler")
-def test_library_folder_is_built_once_and_repaired(fake_wheels: Path) -> None:
-    folder = two_wheels.library_folder()
+def test_shared_library_folder_is_built_once_and_repaired(fake_wheels: Path) -> None:
+    folder = two_wheels.shared_library_folder()
     names = {path.name for path in folder.iterdir()}
     assert names == {*two_wheels._LINKS, two_wheels._PLUGIN_LIBRARY}
     built = (folder / two_wheels._PLUGIN_LIBRARY).stat().st_mtime_ns
-    assert two_wheels.library_folder() == folder
+    assert two_wheels.shared_library_folder() == folder
     assert (folder / two_wheels._PLUGIN_LIBRARY).stat().st_mtime_ns == built
     (folder / "libnvinfer.so.11").unlink()
     (folder / "libnvinfer.so.11").symlink_to("/nowhere")
-    assert two_wheels.library_folder() == folder
+    assert two_wheels.shared_library_folder() == folder
     assert {path.name for path in folder.iterdir()} == names
     assert os.readlink(folder / "libnvinfer.so.11") == str(fake_wheels / two_wheels._COMPILER)
 
 
 @pytest.mark.usefixtures("compiler")
-def test_library_folder_depends_on_where_the_wheels_are(
+def test_shared_library_folder_depends_on_where_the_wheels_are(
     fake_wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = two_wheels.library_folder()
+    first = two_wheels.shared_library_folder()
     moved = fake_wheels.rename(tmp_path / "moved")
     versions = dict([two_wheels.LIBRARY_WHEEL, two_wheels.BINDINGS_WHEEL])
     monkeypatch.setattr(two_wheels.metadata, "distribution", lambda name: FakeWheel(moved, versions[name]))
-    assert two_wheels.library_folder() != first
+    assert two_wheels.shared_library_folder() != first
 
 
 @pytest.mark.usefixtures("compiler")
@@ -236,14 +236,14 @@ def test_two_processes_build_the_folder_at_once(fake_wheels: Path) -> None:
         pid = os.fork()
         if pid == 0:
             try:
-                two_wheels.library_folder()
+                two_wheels.shared_library_folder()
                 os._exit(0)
             except BaseException:
                 os._exit(1)
         children.append(pid)
     assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * 4
     cache = environment.cache_folder() / "tensorrt-rtx"
-    assert [path.name for path in cache.iterdir()] == [two_wheels.library_folder().name]
+    assert [path.name for path in cache.iterdir()] == [two_wheels.shared_library_folder().name]
 
 
 @pytest.mark.tensorrt

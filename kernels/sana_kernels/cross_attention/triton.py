@@ -5,9 +5,9 @@ softmax. A head of width D is taken in two pieces, its first columns up to the l
 REST columns: 72 = 64 + 8 costs 80 columns of the matrix units instead of 128. Keys behind the last valid one are not
 read.
 
-The loads of keys and values have no masks, whose predicates and pointers cost so many registers that half as many
-programs fit on a multiprocessor: behind the last key its row is read again, with a score that weighs nothing, and the
-two pieces overlap instead of reaching beyond the head, with queries of zero where they do.
+The loads of keys and values have no masks, whose predicates and pointers cost registers, and with them programs per
+multiprocessor: behind the last key its row is read again, with a score that weighs nothing, and the two pieces overlap
+instead of reaching beyond the head, with queries of zero where they do.
 """
 
 from dataclasses import dataclass
@@ -124,7 +124,8 @@ class Tiling:
 def tiling(itemsize: int) -> Tiling:
     """By the width of the dtype: fp32 tiles take twice the shared memory and its products no matrix units.
 
-    16 bits: of 128 registers a thread and 40 KiB (D = 72), so that four programs share a multiprocessor of Hopper.
+    16 bits, by what the compiler says and not yet by a clock: 128 registers a thread and 40 KiB (D = 72) let four
+    programs share a multiprocessor of Hopper.
     """
     return Tiling(64, 32, 4, 3) if itemsize == 2 else Tiling(32, 32, 4, 1)
 
