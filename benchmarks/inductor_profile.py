@@ -29,11 +29,12 @@ import torch
 import torch._inductor.config
 from torch.nn import functional as F
 
+from sana_export.bench.machine import describe_machine
 from sana_export.inductor import decoder as vae
 from sana_export.inductor import text_encoder as gemma
 from sana_export.inductor import transformer as dit
 from sana_export.inductor.linear import FP8, INT8, LinearForm
-from sana_export.inductor.piece import Piece, compile_piece, inductor_options
+from sana_export.inductor.piece import Piece, compile_piece
 from sana_export.reference.dc_ae import AutoencoderConfig, Decoder
 from sana_export.reference.transformer import LinearTransformer, TransformerConfig, position_embedding
 from sana_kernels.cross_attention import cross_attention
@@ -65,13 +66,37 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass
 class Session:
-    """The arguments, the rows written so far, and the clock."""
+    """The arguments, the rows written so far, which all end with what describes the run, and the clock."""
 
     arguments: argparse.Namespace
     rows: Any
     file: Any
+    run: tuple[str, ...]
     started: float = dataclasses.field(default_factory=time.monotonic)
     ceilings: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def begin(cls, arguments: argparse.Namespace, file: Any) -> "Session":
+        """Describe this machine and write the names of the columns."""
+        machine = describe_machine(arguments.device, arguments.commit)
+        rows = csv.writer(file, lineterminator="\n")
+        columns = (
+            "section",
+            "subject",
+            "what",
+            "value",
+            "unit",
+            "note",
+            "device",
+            "driver",
+            "versions",
+            "commit",
+            "run",
+        )
+        rows.writerow(columns)
+        print(f"{machine.device}, driver {machine.driver}, {machine.versions}, commit {machine.commit}", flush=True)
+        run = (machine.device, machine.driver, machine.versions, machine.commit, machine.run)
+        return cls(arguments, rows, file, run)
 
     @property
     def device(self) -> str:
@@ -83,7 +108,7 @@ class Session:
 
     def row(self, section: str, subject: str, what: str, value: float, unit: str, note: str = "") -> None:
         """One result: printed and written at once."""
-        self.rows.writerow([section, subject, what, f"{value:.6g}", unit, note])
+        self.rows.writerow([section, subject, what, f"{value:.6g}", unit, note, *self.run])
         self.file.flush()
         print(f"{section:10} {subject:28} {what:52} {value:11.5g} {unit:8} {note}", flush=True)
 
@@ -191,7 +216,7 @@ def compiled(piece: Piece, options: Mapping[str, Any]) -> Callable[..., Sequence
     def call(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return piece(*tensors)
 
-    return torch.compile(call, fullgraph=True, dynamic=False, options={**options, **piece.options})
+    return torch.compile(call, fullgraph=True, dynamic=False, options=options)
 
 
 # --- Random models ---
@@ -849,6 +874,7 @@ def main() -> int:
     )
     parser.add_argument("--budget-s", type=float, default=540.0, help="start no further part after this many seconds")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--commit", default="", help="what the rows call the commit, where git cannot tell")
     parser.add_argument("--output", type=Path, default=Path("inductor_profile.csv"))
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -860,12 +886,7 @@ def main() -> int:
         if hasattr(torch._dynamo.config, limit):
             setattr(torch._dynamo.config, limit, 512)
     with arguments.output.open("w", newline="") as file, torch.no_grad():
-        session = Session(arguments, csv.writer(file), file)
-        session.rows.writerow(["section", "subject", "what", "value", "unit", "note"])
-        machine = torch.cuda.get_device_name() if session.on_gpu else "CPU"
-        print(
-            f"{machine}, torch {torch.__version__}, side {arguments.side}, options {inductor_options(session.device)}"
-        )
+        session = Session.begin(arguments, file)
         work: dict[str, Callable[[], None]] = {
             "ceilings": lambda: ceilings(session),
             "operators": lambda: each(session, operators),

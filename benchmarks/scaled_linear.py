@@ -12,7 +12,6 @@ these are. `--sweep` compiles in parallel processes first.
 """
 
 import argparse
-import csv
 import dataclasses
 import functools
 import multiprocessing
@@ -25,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from inductor_profile import OutOfTime, Session, operator_time, relative_rms, transformer_config
 
 from sana_export.inductor.linear import FP8, INT8, LinearForm, linear
@@ -107,7 +105,8 @@ def table(session: Session, found: Sequence[Product]) -> None:
         with session.part(product.name):
             checked(session, product)
             inputs = make_inputs(product.case, session.device)
-            tile = kernels.tiling(*shape_of(product.case), itemsize(product.case))
+            residual = inputs.residual is not None
+            tile = kernels.tiling(*shape_of(product.case), itemsize(product.case), residual=residual)
             ours = timed(session, product, f"triton {named(tile)}", lambda p=product, i=inputs: forward(p.case, i))
             theirs = timed(session, product, "library and pass", separate(session, product.case, inputs))
             if product.case.out_dtype is not None or product.case.epilogue == "gate":
@@ -273,6 +272,7 @@ def main() -> int:
         "--budget-s", type=float, default=540.0, help="start no further product after this many seconds"
     )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--commit", default="", help="what the rows call the commit, where git cannot tell")
     parser.add_argument("--output", type=Path, default=Path("scaled_linear.csv"))
     chosen = parser.parse_args()
     if chosen.device == "cuda" and not torch.cuda.is_available():
@@ -285,12 +285,7 @@ def main() -> int:
     found = [*products(chosen.sizes, chosen.sides, chosen.precisions)]
     found = [product for product in found if product.name.split()[-1] in chosen.products]
     with chosen.output.open("w", newline="") as file, torch.no_grad():
-        session = Session(chosen, csv.writer(file), file)
-        session.rows.writerow(["section", "subject", "what", "value", "unit", "note"])
-        machine = torch.cuda.get_device_name() if session.on_gpu else "CPU"
-        session.row(
-            "machine", machine, f"torch {torch.__version__}", len(found), "products", f"triton {triton.__version__}"
-        )
+        session = Session.begin(chosen, file)
         try:
             (sweep if chosen.sweep else table)(session, found)
         except OutOfTime as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 
 from sana_calibration.layers import exclusions_of, layers_of
 from sana_calibration.prompts import load_prompts
@@ -27,17 +28,23 @@ from sana_runtime.manifest import GateEntry
 
 # The gate paints this many of the calibration's prompts twice.
 GATE_PROMPTS = 2
+# Room for activations and for the GPU library's own: those of a decoder at the default calibration side, twice.
+_ACTIVATION_BYTES = 4 << 30
 _PRECISION_OF_DTYPE: dict[str, PrecisionName] = {dtype: name for name, dtype in DTYPE_OF_PRECISION.items()}  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
 class QuantizedBuild:
-    """A request's recipe, with what it says of every layer of every component."""
+    """A request's recipe, with what it says of every layer of every component.
+
+    `largest_component`: how many parameters that has.
+    """
 
     recipe: Recipe
     prompts: tuple[str, ...]
     rules: Mapping[ComponentName, Mapping[str, LayerRule]]
     exclusions: Mapping[ComponentName, Mapping[str, str]]
+    largest_component: int
 
     @property
     def needs_calibration(self) -> bool:
@@ -90,12 +97,23 @@ def prepare(
     Raises `InputError` for a recipe that does not fit the components.
     """
     exclusions: dict[ComponentName, Mapping[str, str]] = {}
+    largest = 0
     for plan in plans:
         with parameters_on_meta():
-            layers = layers_of(plan.make(), plan.prefix)
-        exclusions[plan.name] = exclusions_of(recipe, plan.name, layers)
+            module = plan.make()
+        exclusions[plan.name] = exclusions_of(recipe, plan.name, layers_of(module, plan.prefix))
+        largest = max(largest, sum(parameter.numel() for parameter in module.parameters()))
     painted = prompts[: request.calibration.num_prompts]
-    return QuantizedBuild(recipe, painted, {plan.name: rules_of(recipe, plan) for plan in plans}, exclusions)
+    rules = {plan.name: rules_of(recipe, plan) for plan in plans}
+    return QuantizedBuild(recipe, painted, rules, exclusions, largest)
+
+
+def calibration_device(build: QuantizedBuild) -> str:
+    """ "cuda" where PyTorch has a GPU with room for the largest component in fp32 and its activations, else "cpu"."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    free_bytes, _ = torch.cuda.mem_get_info()
+    return "cuda" if free_bytes >= 4 * build.largest_component + _ACTIVATION_BYTES else "cpu"
 
 
 def run_calibration(
@@ -104,6 +122,7 @@ def run_calibration(
     request: BuildRequest,
     work_folder: Path,
     on_progress: Callable[[float, str], None],
+    device: str,
 ) -> Scales:
     """Calibrate at the request's size, reduced to its calibration side, or read the cache it names."""
     height, width = calibration_size(request)
@@ -117,6 +136,7 @@ def run_calibration(
         width=width,
         work_folder=work_folder,
         on_progress=on_progress,
+        device=device,
     )
 
 

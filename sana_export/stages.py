@@ -32,6 +32,7 @@ from sana_export.prompting import tokenizer_entry
 from sana_export.quantize import (
     QuantizedBuild,
     alpha_summary,
+    calibration_device,
     calibration_size,
     component_report,
     gate_file,
@@ -185,12 +186,14 @@ class Stages:
             scales = self._cached_scales(cache) if cache else None
             if scales is None:
                 work, report = self.staging.folder / "calibration.work", self.reporter
+                device = calibration_device(self.quantized)
                 scales = run_calibration(
                     self.checkpoint,
                     self.quantized,
                     self.request,
                     work,
-                    lambda fraction, text: report.stage_progress(stage, fraction, text),
+                    lambda fraction, text: report.stage_progress(stage, fraction, f"{text} ({device})"),
+                    device,
                 )
                 shutil.rmtree(work)
             scales.save(path)

@@ -60,7 +60,8 @@ class OnnxRuntimeBackend(Backend):
             ort.preload_dlls()
         memory = CudaMemory()
         self._device_type = "cuda"
-        self._provider_options = {"device_id": "0", "user_compute_stream": str(memory.stream)}
+        # Without the last one, fp32 products are rounded to TF32 (ten bits of mantissa).
+        self._provider_options = {"device_id": "0", "user_compute_stream": str(memory.stream), "use_tf32": "0"}
         self.memory = memory
         self.description = f"{memory.device_name}, ONNX Runtime {ort.__version__} {CUDA_PROVIDER}"
 

@@ -1,8 +1,8 @@
 """Pieces: functions over named tensors, each compiled once and called as often as the program says."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,11 @@ Function = Callable[[Tensors], tuple[torch.Tensor, ...]]
 
 @dataclass(frozen=True)
 class Piece:
-    """`function` takes the tensors of `inputs` by name and returns new ones. `options`: Inductor's, where special."""
+    """`function` takes the tensors of `inputs` by name and returns new ones."""
 
     name: str
     inputs: tuple[str, ...]
     function: Function
-    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run it eagerly."""
@@ -39,28 +38,17 @@ class PieceModule(nn.Module):
         return self._piece(*tensors)
 
 
-def inductor_options(device: str) -> dict[str, Any]:
-    """How Inductor compiles. On a GPU it measures libraries against its own templates, whose epilogues it fuses."""
-    if device == "cpu":
-        return {}
-    return {
-        "max_autotune_gemm": True,
-        "max_autotune_gemm_backends": "ATEN,TRITON",
-        "epilogue_fusion": True,
-        "coordinate_descent_tuning": False,
-        "layout_optimization": True,
-    }
-
-
 @torch.no_grad()
 def compile_piece(
     piece: Piece, examples: Sequence[torch.Tensor], path: Path, options: dict[str, Any] | None = None
 ) -> None:
-    """Write the piece, compiled for the shapes and the device of `examples`, as an AOTInductor package (.pt2)."""
-    device = examples[0].device.type
-    chosen = {**(inductor_options(device) if options is None else options), **piece.options}
+    """Write the piece, compiled for the shapes and the device of `examples`, as an AOTInductor package (.pt2).
+
+    Products go to the libraries unless `options` say otherwise: to measure Inductor's own templates (up to 106 for each
+    FP8 product) takes most of a build, and hardly any of them is faster.
+    """
     with warnings.catch_warnings():
         # PyTorch's own packager uses what PyTorch deprecates.
         warnings.simplefilter("ignore", FutureWarning)
         exported = torch.export.export(PieceModule(piece), tuple(examples), strict=False)
-        torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=chosen)
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)

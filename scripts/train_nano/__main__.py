@@ -148,9 +148,6 @@ def _run(arguments: argparse.Namespace) -> int:
 def _prepare(device: torch.device, attention: str) -> None:
     """Settings of PyTorch for this process."""
     torch._dynamo.config.recompile_limit = 64
-    # A training hung once, at the first compilation after more than a minute without one. The suspect: the compiler's
-    # processes, which are stopped in the meantime.
-    torch._inductor.config.quiesce_async_compile_pool = False
     torch.backends.cudnn.benchmark = device.type == "cuda"
     # fp32 is fp32; training's products are bf16 by autocast.
     torch.backends.cudnn.allow_tf32 = False

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from sana_calibration.prompts import load_prompts
@@ -21,7 +22,7 @@ from sana_export.cli import app
 from sana_export.parity.judge import judge, judged_gate
 from sana_export.parity.ladder import LadderResult
 from sana_export.parity.metrics import Parity
-from sana_export.quantize import gate_entry
+from sana_export.quantize import QuantizedBuild, calibration_device, gate_entry
 from sana_export.weights.checkpoint import CALIBRATION_PROMPTS, open_checkpoint
 from sana_runtime.errors import InputError, SanaError, TargetError
 from sana_runtime.manifest import Manifest, read_manifest, verify_files
@@ -69,6 +70,18 @@ def test_the_bundle_says_how_it_was_quantised(fp8: BuildRequest) -> None:
     paths = {file.path for file in manifest.files}
     assert {entry.recipe_file, entry.calibration_file, "transformer/quantization.json"} <= paths
     assert load_recipe(fp8.output / entry.recipe_file).digest == entry.recipe_digest
+
+
+@pytest.mark.parametrize(
+    ("available", "free_gib", "wanted"), [(False, 0, "cpu"), (True, 13, "cpu"), (True, 14, "cuda")], ids=str
+)
+def test_the_gpu_calibrates_where_the_largest_component_fits(
+    monkeypatch: pytest.MonkeyPatch, available: bool, free_gib: int, wanted: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free_gib << 30, 80 << 30))
+    gemma = QuantizedBuild(load_recipe("fp8"), (), {}, {}, largest_component=2_614_000_000)
+    assert calibration_device(gemma) == wanted
 
 
 def test_an_identical_build_reuses_everything(fp8: BuildRequest) -> None:

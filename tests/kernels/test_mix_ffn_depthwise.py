@@ -228,7 +228,9 @@ def test_triton_matches_the_oracle(case: Case) -> None:
 def test_codes_are_the_references_but_beside_ties(case: Case) -> None:
     found = verify_codes(case, "cuda", "triton", seed=case.height)
     print(f"{case}: {found}")
-    assert found.different <= found.near_ties < found.values / 100
+    # The kernel's SiLUs of bf16 are allowed more than those of other dtypes, and lose less than they are allowed.
+    assert found.near_ties < found.values / (20 if case.dtype == torch.bfloat16 else 100)
+    assert found.different <= min(found.near_ties, found.values / 100)
 
 
 @pytest.mark.gpu

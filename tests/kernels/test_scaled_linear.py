@@ -118,7 +118,7 @@ def test_kernel_compiles_without_a_gpu(kind: str, capability: int, shape: tuple[
     results = virtual(BF16, rows, columns), virtual(codes, rows, columns)
     epilogue = (virtual(BF16, columns), results[0], row, row if kind == "i8" else None, one)
     tensors = (virtual(factors, rows, depth), virtual(factors, columns, depth), *scales, *epilogue, *results)
-    tile = kernels.tiling(*shape, itemsize=factors.itemsize)
+    tile = kernels.tiling(*shape, itemsize=factors.itemsize, residual=True)
     _, constants = kernels.launch(tensors, None, tile)
     warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
     types = dict.fromkeys(("activation_scale", "weight_scale", "gate", "inverse_smooth", "out_scale"), "*fp32")
@@ -139,11 +139,12 @@ def test_kernel_compiles_without_a_gpu(kind: str, capability: int, shape: tuple[
 @pytest.mark.parametrize("itemsize", [1, 2, 4])
 @pytest.mark.parametrize("rows", [1, 32, 2048, 32768])
 @pytest.mark.parametrize(("columns", "depth"), [(1152, 1152), (11200, 2240), (64, 64)])
-def test_tilings_are_what_the_kernel_takes(rows: int, columns: int, depth: int, itemsize: int) -> None:
+@pytest.mark.parametrize("residual", [False, True])
+def test_tilings_are_what_the_kernel_takes(rows: int, columns: int, depth: int, itemsize: int, residual: bool) -> None:
     pytest.importorskip("triton")
     from sana_kernels.scaled_linear.triton import tiling
 
-    tile = tiling(rows, columns, depth, itemsize)
+    tile = tiling(rows, columns, depth, itemsize, residual=residual)
     assert tile.columns // min(tile.columns, tile.part_columns) in (1, 2, 4)
     assert (tile.rows + tile.columns) * tile.depth * itemsize * tile.num_stages <= 96 << 10
 

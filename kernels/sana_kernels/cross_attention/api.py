@@ -51,7 +51,7 @@ def _(
     heads: int,
     out_dtype: torch.dtype | None,
 ) -> torch.Tensor:
-    forward = cross_attention_reference if TRITON_PROBLEM else kernels.forward
+    forward = cross_attention_reference if TRITON_PROBLEM else triton_ops.cross_attention_triton
     return forward(query, key_value, bias, counts, out_scale, heads, out_dtype)
 
 

@@ -55,7 +55,7 @@ def _(
     out_scale: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    forward = linear_attention_reference if TRITON_PROBLEM else kernels.forward
+    forward = linear_attention_reference if TRITON_PROBLEM else triton_ops.linear_attention_triton
     return forward(qkv, norm_q_weight, norm_k_weight, head_dim, eps, norm_eps, out_scale, out_dtype)
 
 
@@ -96,7 +96,7 @@ def _(
     eps: float,
     norm_eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    backward = linear_attention_backward_reference if TRITON_PROBLEM else kernels.backward
+    backward = linear_attention_backward_reference if TRITON_PROBLEM else triton_ops.linear_attention_backward_triton
     return backward(grad, qkv, norm_q_weight, norm_k_weight, head_dim, eps, norm_eps)
 
 

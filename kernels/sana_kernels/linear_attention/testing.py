@@ -152,17 +152,18 @@ def compare(
     exact: dict[str, torch.Tensor],
     *,
     allowance: float = 1.0,
+    least_bound: float = 0.0,
 ) -> list[Finding]:
     """Hold every tensor to twice what the reference loses, or twice the least that the dtype can lose.
 
-    `allowance` widens the bound where the caller can say why. Raises AssertionError naming the tensor, the
-    largest difference and its index.
+    No bound is below `least_bound`, what another order of the same sums may lose. `allowance` widens a bound where the
+    caller can say why. Raises AssertionError naming the tensor, the largest difference and its index.
     """
     assert candidate.keys() == exact.keys(), f"{sorted(candidate)} instead of {sorted(exact)}"
     findings = []
     for name, wanted in exact.items():
         loss = max(relative_rms(reference[name], wanted), _LEAST_LOSS[reference[name].dtype])
-        finding = Finding(name, relative_rms(candidate[name], wanted), 2 * allowance * loss)
+        finding = Finding(name, relative_rms(candidate[name], wanted), max(2 * allowance * loss, least_bound))
         findings.append(finding)
         if not finding.relative_rms <= finding.bound:  # also when NaN
             raise AssertionError(_difference(finding, candidate[name], wanted))

@@ -49,7 +49,7 @@ def _(
     width: int,
     out_dtype: torch.dtype | None,
 ) -> torch.Tensor:
-    forward = mix_ffn_depthwise_reference if TRITON_PROBLEM else kernels.forward
+    forward = mix_ffn_depthwise_reference if TRITON_PROBLEM else triton_ops.mix_ffn_depthwise_triton
     return forward(x, weight, bias, out_scale, height, width, out_dtype)
 
 

@@ -21,7 +21,6 @@ from sana_kernels.modulated_norm.reference import (
 # At import, not on first use: torch.compile cannot trace an import.
 try:
     from sana_kernels.mix_ffn_depthwise.triton import check_support
-    from sana_kernels.modulated_norm import triton as kernels
     from sana_kernels.modulated_norm import triton_ops
 except ImportError as error:
     TRITON_PROBLEM: str | None = f"triton cannot be imported ({error})"
@@ -56,7 +55,7 @@ def _(
     eps: float,
     out_dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    forward = modulated_norm_reference if TRITON_PROBLEM else kernels.modulated_norm_forward
+    forward = modulated_norm_reference if TRITON_PROBLEM else triton_ops.modulated_norm_triton
     return forward(x, shift, scale, branch, gate, out_scale, eps, out_dtype)
 
 
@@ -96,7 +95,7 @@ def _(
     activation: str,
     eps: float,
 ) -> torch.Tensor:
-    forward = channel_rms_norm_reference if TRITON_PROBLEM else kernels.channel_rms_norm_forward
+    forward = channel_rms_norm_reference if TRITON_PROBLEM else triton_ops.channel_rms_norm_triton
     return forward(x, weight, bias, residual, activation, eps).contiguous()
 
 

@@ -40,7 +40,7 @@ def _scaled_linear(
     dtype: torch.dtype,
     out_dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    forward = scaled_linear_reference if TRITON_PROBLEM or x.device.type != "cuda" else kernels.forward
+    forward = scaled_linear_reference if TRITON_PROBLEM or x.device.type != "cuda" else triton_ops.scaled_linear_triton
     return forward(
         x,
         weight,
