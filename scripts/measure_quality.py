@@ -9,7 +9,8 @@ of the same seed, solver and steps. Two ways of painting:
 - onnxruntime: the bundle itself through sana-runtime on the CPU, one process per core.
 
 Bundles are built where they are missing, and the bf16 pictures are kept beside them (references/): painted on a GPU,
-they serve for the rows of another machine. Rows that are there already are not measured again.
+they serve for the rows of another machine; with `--scores-only` none are painted, and rows have no PSNR and SSIM. Rows
+that are there already are not measured again.
 
     python scripts/measure_quality.py --bundles build/quality
     python scripts/measure_quality.py --bundles build/quality --target onnxruntime --precision fp8 int8 --steps 20
@@ -133,8 +134,8 @@ class Judged:
     """One picture."""
 
     score: Score
-    psnr_db: float
-    ssim: float
+    psnr_db: float | None
+    ssim: float | None
 
 
 def ways() -> Iterator[Way]:
@@ -147,6 +148,8 @@ def ways() -> Iterator[Way]:
                 yield Way(precision, "onnxruntime", DPM, steps)
             for euler_steps in (8, 14, 20, 28, 50):
                 yield Way("fp32", "pytorch", EULER, euler_steps)
+            yield Way("fp32", "onnxruntime", DPM, 14)
+            yield Way("fp32", "onnxruntime", EULER, 28)
 
 
 # --- Painting with PyTorch ---
@@ -290,8 +293,10 @@ def _is_built(bundle: Path, recipe: str) -> bool:
 # --- Judging ---
 
 
-def judged(picture: Pixels, prompt: Prompt, reference: Pixels) -> Judged:
+def judged(picture: Pixels, prompt: Prompt, reference: Pixels | None) -> Judged:
     """Read and compare one picture."""
+    if reference is None:
+        return Judged(score(prompt, read_picture(picture)), None, None)
     psnr = min(measure("picture", "image", picture, reference).psnr_db, EQUAL_PSNR_DB)
     return Judged(score(prompt, read_picture(picture)), psnr, ssim(picture, reference))
 
@@ -328,6 +333,7 @@ class Measurement:
         self.device: str = arguments.device
         self.cores = os.cpu_count() or 1
         self.commit: str = arguments.commit
+        self.scores_only: bool = arguments.scores_only
         self.painters: dict[str, ModulePainter] = {}
         self.references: dict[Way, list[Pixels]] = {}
         self.pool = pool
@@ -360,15 +366,16 @@ class Measurement:
 
     def row(self, way: Way) -> Row:
         """Paint and judge every prompt."""
-        references = self.reference(way)
-        pictures = references if way == way.reference else self.pictures(way)
+        compared = way != way.reference and not self.scores_only
+        references: Sequence[Pixels | None] = self.reference(way) if compared else [None] * len(self.prompts)
+        pictures = self.reference(way) if way == way.reference else self.pictures(way)
         futures: list[Future[Judged]] = [
             self.pool.submit(judged, *item) for item in zip(pictures, self.prompts, references, strict=True)
         ]
         found = [future.result() for future in futures]
         rates = {item.name: item for item in summarise([item.score for item in found]) if item.scope != "kind"}
-        psnrs = [item.psnr_db for item in found]
-        compared = way != way.reference
+        psnrs = [item.psnr_db for item in found if item.psnr_db is not None]
+        similarities = [item.ssim for item in found if item.ssim is not None]
         return Row(
             **asdict(way),
             prompts=len(found),
@@ -378,7 +385,7 @@ class Measurement:
             **{name: round(rates[name].rate, 4) for name in ATTRIBUTES},
             psnr_db=round(sum(psnrs) / len(psnrs), 2) if compared else None,
             worst_psnr_db=round(min(psnrs), 2) if compared else None,
-            ssim=round(sum(item.ssim for item in found) / len(found), 4) if compared else None,
+            ssim=round(sum(similarities) / len(similarities), 4) if compared else None,
             weights=self.weights,
             recipe=way.recipe[:12],
             device=self._device_name(way),
@@ -417,6 +424,10 @@ def _key(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(str(row[field.name]) for field in fields(Way))
 
 
+def _is_compared(row: dict[str, Any]) -> bool:
+    return bool(row["psnr_db"]) or (row["precision"], row["target"]) == (REFERENCE, "pytorch")
+
+
 def _chosen(arguments: argparse.Namespace) -> Iterator[Way]:
     for way in ways():
         asked = way.precision in (arguments.precision or [way.precision]) and way.steps in (
@@ -442,6 +453,7 @@ def main() -> int:
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16", *RECIPES), nargs="+", help="default: all")
     parser.add_argument("--steps", type=int, nargs="+", help="default: all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--scores-only", action="store_true", help="compare with no bf16 pictures")
     parser.add_argument("--minutes", type=float, help="begin no further row after this long")
     parser.add_argument("--commit", default=_commit(), help="default: git's")
     parser.add_argument("--rows", type=Path, default=RESULTS)
@@ -461,12 +473,13 @@ def main() -> int:
 
 def _measure(arguments: argparse.Namespace, measurement: Measurement) -> None:
     begun = time.monotonic()
-    rows: list[dict[str, Any]] = list(read_rows(arguments.rows))
-    known = {(*_key(row), row["weights"], row.get("recipe", ""), row["prompts"]) for row in rows}
+    # Rows of other weights say nothing about the model that is shipped.
+    rows: list[dict[str, Any]] = [row for row in read_rows(arguments.rows) if row["weights"] == measurement.weights]
+    known = {(*_key(row), row["recipe"], row["prompts"]) for row in rows if arguments.scores_only or _is_compared(row)}
     for way in _chosen(arguments):
         late = arguments.minutes is not None and time.monotonic() - begun > 60 * arguments.minutes
         key = tuple(map(str, asdict(way).values()))
-        if late or (*key, measurement.weights, way.recipe[:12], str(len(measurement.texts))) in known:
+        if late or (*key, way.recipe[:12], str(len(measurement.texts))) in known:
             continue
         row = asdict(measurement.row(way))
         rows = [other for other in rows if _key(other) != key] + [row]

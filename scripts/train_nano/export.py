@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -266,7 +267,7 @@ def _adopt_model(size: Size, folder: Path, work: Path) -> list[str]:
             with whole_file(work / name) as temporary:
                 torch.save(content, temporary)
     record = json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
-    earlier = {f"{name}, before" if name in _TRAINED_ON else name: row for name, row in record["stages"].items()}
+    earlier = {_earlier(name): row for name, row in record["stages"].items()}
     record = {"stages": {name: {**row, "records": []} for name, row in earlier.items()}, "device": record["device"]}
     texts = {"tokenizer.json": model.tokenizer_json, "record.json": json.dumps(record).encode()}
     for name, text in texts.items():
@@ -274,6 +275,14 @@ def _adopt_model(size: Size, folder: Path, work: Path) -> list[str]:
             with whole_file(work / name) as temporary:
                 temporary.write_bytes(text)
     return [*contents, *texts]
+
+
+def _earlier(name: str) -> str:
+    """What the record calls a stage of a training that another one goes on from: "X, before", then "X, 2 before"."""
+    if name in _TRAINED_ON:
+        return f"{name}, before"
+    found = re.fullmatch(r"(.+), (?:(\d+) )?before", name)
+    return f"{found[1]}, {int(found[2] or 1) + 1} before" if found else name
 
 
 def load_weights(path: Path, modules: Mapping[str, nn.Module]) -> None:

@@ -425,6 +425,8 @@ class Run:
     def _write_record(self, **more: Any) -> None:
         found = {**self.record(), **more}
         for name, stage in self.stages.items():
+            if name in found["stages"] and not stage.steps:  # another training has finished it
+                continue
             found["stages"][name] = {
                 "minutes": stage.elapsed / 60,
                 "steps": stage.steps,
@@ -433,7 +435,9 @@ class Run:
                 "records": stage.records,
             }
         on_gpu = self.session.device.type == "cuda"
-        found["device"] = f"one {torch.cuda.get_device_name()}" if on_gpu else "a CPU"
+        device = f"one {torch.cuda.get_device_name()}" if on_gpu else "a CPU"
+        if not found.get("device", "").endswith(device):
+            found["device"] = f"{found['device']}, then {device}" if "device" in found else device
         found["torch"] = torch.__version__
         with whole_file(self._record_path) as temporary:
             temporary.write_text(json.dumps(found))

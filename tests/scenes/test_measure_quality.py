@@ -1,13 +1,17 @@
-"""Reference pictures are painted once, and kept."""
+"""Reference pictures are painted once, and kept; which rows are measured again."""
 
+from argparse import Namespace
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from sana_runtime.errors import InputError
-from scripts.measure_quality import load_pictures, save_pictures
+from scripts.measure_quality import Row, Way, _measure, load_pictures, read_rows, save_pictures, write_rows
 
 PICTURES = [np.random.default_rng(i).integers(0, 256, (8, 12, 3), np.uint8) for i in range(3)]
 
@@ -36,3 +40,32 @@ def test_a_damaged_reference_is_named(tmp_path: Path, damage: Callable[[Path], o
     damage(folder / "0001.png")
     with pytest.raises(InputError, match="reference pictures cannot be read"):
         load_pictures(folder, 3)
+
+
+def made_row(way: Way, weights: str, psnr_db: float | None) -> Row:
+    figures: dict[str, Any] = {field.name: 0.5 for field in fields(Row)}
+    figures |= {"prompts": 3, "psnr_db": psnr_db, "recipe": "", "weights": weights}
+    return Row(**(figures | asdict(way)))
+
+
+@pytest.mark.parametrize("scores_only", [False, True])
+def test_rows_of_other_weights_go_and_scores_alone_do_not_pass_for_more(tmp_path: Path, scores_only: bool) -> None:
+    dpm, euler = (Way("fp32", "onnxruntime", solver, 28) for solver in ("flow_dpm_solver", "flow_euler"))
+    path = tmp_path / "rows.csv"
+    write_rows(path, [asdict(made_row(dpm, "old", 30.0)), asdict(made_row(euler, "new", None))])
+    asked: list[Way] = []
+
+    def row(way: Way) -> Row:
+        asked.append(way)
+        return made_row(way, "new", None if scores_only else 40.0)
+
+    measurement: Any = SimpleNamespace(weights="new", texts=("a", "b", "c"), row=row)
+    _measure(
+        Namespace(
+            rows=path, minutes=None, precision=["fp32"], steps=[28], target=["onnxruntime"], scores_only=scores_only
+        ),
+        measurement,
+    )
+    assert asked == ([] if scores_only else [euler])
+    found = {(row["weights"], row["psnr_db"]) for row in read_rows(path)}
+    assert found == ({("old", "30.0"), ("new", "")} if scores_only else {("new", "40.0")})

@@ -228,6 +228,13 @@ def test_run_goes_on_with_a_trained_models_directory(finished: Run, tmp_path: Pa
     told = json.loads((folder / "training.json").read_text())["stages"]
     assert told["diffusion-large, before"]["steps"] == finished.stages["diffusion-large"].steps
     assert told["diffusion-large"]["steps"] == run.stages["diffusion-large"].steps
+    assert told["autoencoder-large"]["steps"] == finished.stages["autoencoder-large"].steps > 0
+    third = tmp_path / "third"
+    third.mkdir()
+    adopt(TINY, folder, third, STAGES)
+    record = json.loads((third / "record.json").read_text())
+    assert {"diffusion-large, before", "diffusion-large, 2 before"} <= set(record["stages"])
+    assert record["device"] == "a CPU"
 
 
 def test_run_says_what_it_cannot_start_from(finished: Run, tmp_path: Path) -> None:
