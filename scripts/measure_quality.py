@@ -9,8 +9,8 @@ of the same seed, solver and steps. Two ways of painting:
 - onnxruntime: the bundle itself through sana-runtime on the CPU, one process per core.
 
 Bundles are built where they are missing, and the bf16 pictures are kept beside them (references/): painted on a GPU,
-they serve for the rows of another machine; with `--scores-only` none are painted, and rows have no PSNR and SSIM. Rows
-that are there already are not measured again.
+they serve for the rows of another machine. `--compared N` paints those of the first N prompts only: a CPU takes seconds
+for each. Rows that are there already are not measured again.
 
     python scripts/measure_quality.py --bundles build/quality
     python scripts/measure_quality.py --bundles build/quality --target onnxruntime --precision fp8 int8 --steps 20
@@ -30,6 +30,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
 from importlib.metadata import version
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,9 @@ class Way:
 
 @dataclass(frozen=True)
 class Row:
-    """Shares of the prompts 0..1; `low`, `high`: Wilson's 95 % interval of `overall`; mean PSNR and SSIM."""
+    """Shares of the prompts 0..1; `low`, `high`: Wilson's 95 % interval of `overall`; mean PSNR and SSIM of the first
+    `compared` pictures.
+    """
 
     precision: str
     target: str
@@ -118,6 +121,7 @@ class Row:
     position: float
     binding: float
     background: float
+    compared: int
     psnr_db: float | None
     worst_psnr_db: float | None
     ssim: float | None
@@ -333,7 +337,7 @@ class Measurement:
         self.device: str = arguments.device
         self.cores = os.cpu_count() or 1
         self.commit: str = arguments.commit
-        self.scores_only: bool = arguments.scores_only
+        self.compared = min(len(self.prompts), arguments.compared if arguments.compared is not None else 1 << 30)
         self.painters: dict[str, ModulePainter] = {}
         self.references: dict[Way, list[Pixels]] = {}
         self.pool = pool
@@ -358,17 +362,18 @@ class Measurement:
         where the bundles run.
         """
         if way.reference not in self.references:
-            folder = self.bundles / "references" / f"{self.model}-{way.solver}-{way.steps}-{len(self.texts)}"
+            folder = self.bundles / "references" / f"{self.model}-{way.solver}-{way.steps}-{self.compared}"
             if not folder.exists():
-                save_pictures(folder, self.pictures(way.reference))
-            self.references[way.reference] = load_pictures(folder, len(self.texts))
+                save_pictures(folder, islice(self.pictures(way.reference), self.compared))
+            self.references[way.reference] = load_pictures(folder, self.compared)
         return self.references[way.reference]
 
     def row(self, way: Way) -> Row:
         """Paint and judge every prompt."""
-        compared = way != way.reference and not self.scores_only
-        references: Sequence[Pixels | None] = self.reference(way) if compared else [None] * len(self.prompts)
-        pictures = self.reference(way) if way == way.reference else self.pictures(way)
+        compared = self.compared if way != way.reference else 0
+        references = [*(self.reference(way) if compared else ()), *[None] * (len(self.prompts) - compared)]
+        painted = way == way.reference and self.compared == len(self.prompts)
+        pictures = self.reference(way) if painted else self.pictures(way)
         futures: list[Future[Judged]] = [
             self.pool.submit(judged, *item) for item in zip(pictures, self.prompts, references, strict=True)
         ]
@@ -383,6 +388,7 @@ class Measurement:
             low=round(rates["overall"].low, 4),
             high=round(rates["overall"].high, 4),
             **{name: round(rates[name].rate, 4) for name in ATTRIBUTES},
+            compared=compared,
             psnr_db=round(sum(psnrs) / len(psnrs), 2) if compared else None,
             worst_psnr_db=round(min(psnrs), 2) if compared else None,
             ssim=round(sum(similarities) / len(similarities), 4) if compared else None,
@@ -424,8 +430,8 @@ def _key(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(str(row[field.name]) for field in fields(Way))
 
 
-def _is_compared(row: dict[str, Any]) -> bool:
-    return bool(row["psnr_db"]) or (row["precision"], row["target"]) == (REFERENCE, "pytorch")
+def _compares(row: dict[str, Any], wanted: int) -> bool:
+    return int(row["compared"]) >= wanted or (row["precision"], row["target"]) == (REFERENCE, "pytorch")
 
 
 def _chosen(arguments: argparse.Namespace) -> Iterator[Way]:
@@ -453,7 +459,7 @@ def main() -> int:
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16", *RECIPES), nargs="+", help="default: all")
     parser.add_argument("--steps", type=int, nargs="+", help="default: all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--scores-only", action="store_true", help="compare with no bf16 pictures")
+    parser.add_argument("--compared", type=int, metavar="N", help="with bf16 pictures: the first N; default: all")
     parser.add_argument("--minutes", type=float, help="begin no further row after this long")
     parser.add_argument("--commit", default=_commit(), help="default: git's")
     parser.add_argument("--rows", type=Path, default=RESULTS)
@@ -475,7 +481,7 @@ def _measure(arguments: argparse.Namespace, measurement: Measurement) -> None:
     begun = time.monotonic()
     # Rows of other weights say nothing about the model that is shipped.
     rows: list[dict[str, Any]] = [row for row in read_rows(arguments.rows) if row["weights"] == measurement.weights]
-    known = {(*_key(row), row["recipe"], row["prompts"]) for row in rows if arguments.scores_only or _is_compared(row)}
+    known = {(*_key(row), row["recipe"], row["prompts"]) for row in rows if _compares(row, measurement.compared)}
     for way in _chosen(arguments):
         late = arguments.minutes is not None and time.monotonic() - begun > 60 * arguments.minutes
         key = tuple(map(str, asdict(way).values()))

@@ -260,12 +260,13 @@ def plot(rows: Sequence[RowDict], path: Path) -> None:
 def quality(rows: Sequence[RowDict]) -> list[str]:
     """What each precision does to the small trained model's pictures."""
     scores = ("overall", "count", "colour", "shape", "position", "binding")
-    header = ["precision", "target", "steps", "solver", *scores, "PSNR dB", "SSIM", "prompts"]
+    header = ["precision", "target", "steps", "solver", *scores, "prompts", "PSNR dB", "SSIM", "pictures compared"]
     table = [
         [row["precision"], row["target"], row["steps"], row["solver"]]
         + [f"{float(row[name]):.1%}" if row[name] else "" for name in scores]
-        + [f"{float(row['psnr_db']):.1f}" if row["psnr_db"] else "", f"{float(row['ssim']):.3f}" if row["ssim"] else ""]
         + [row["prompts"]]
+        + [f"{float(row['psnr_db']):.1f}" if row["psnr_db"] else "", f"{float(row['ssim']):.3f}" if row["ssim"] else ""]
+        + [row["compared"] if row["psnr_db"] else ""]
         for row in rows
     ]
     note = (

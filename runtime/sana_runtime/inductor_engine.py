@@ -151,7 +151,7 @@ class InductorBackend(Backend):
         inputs = {spec.name: own[spec.name] for spec in component.inputs}
         outputs = {spec.name: own[spec.name] for spec in component.outputs}
         work = _Work(self.memory, program, pieces, weights, self._pool, inputs, outputs)
-        return (InductorLoopEngine if component.name == "transformer" else InductorEngine)(component, work)
+        return _ENGINES.get(component.name, InductorEngine)(component, work)
 
     def _weights(self, path: Path) -> dict[str, Any]:
         from_file = importlib.import_module("safetensors.torch").load_file
@@ -273,6 +273,45 @@ class InductorEngine(Engine):
             _buffer(tensor).copy_(self._work.outputs[name])
 
 
+class InductorTextEncoder(InductorEngine):
+    """The text encoder. What the positions before the caption give, where the program tells them apart, is kept until
+    their tokens change: before most prompts stands the same instruction.
+    """
+
+    def __init__(self, component: ComponentEntry, work: _Work) -> None:
+        super().__init__(component, work)
+        # The inputs' first positions, and what they gave. A captured graph reads these very tensors.
+        self._prefix: dict[str, Any] = {}
+        self._kept: dict[str, Any] = {}
+
+    def _run(self, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]) -> None:
+        with self._work.memory.torch.inference_mode():
+            self._feed(inputs)
+            if self._work.program.prepare:
+                self._keep_prefix()
+            self._work.run(("once",), self._step, self._step)
+            self._fetch(outputs)
+
+    def _step(self) -> None:
+        values = {**self._work.weights, **self._work.inputs, **self._kept}
+        run_calls(self._work.program.step, self._work.pieces, values, frozenset(self._work.outputs))
+        self._work.finish(values)
+
+    def _keep_prefix(self) -> None:
+        equal, own = self._work.memory.torch.equal, self._work.inputs
+        if self._prefix and all(equal(own[name][:, : part.shape[1]], part) for name, part in self._prefix.items()):
+            return
+        values = self._work.prepared()
+        made = {name: values[name] for name in _read_by_step(self._work.program)}
+        if not self._kept:
+            self._kept = {name: tensor.clone() for name, tensor in made.items()}
+        for name, tensor in made.items():
+            self._kept[name].copy_(tensor)
+        # Keys and values [key_heads, prefix, D], results [1, prefix, C].
+        length = next(iter(made.values())).shape[1]
+        self._prefix = {name: tensor[:, :length].clone() for name, tensor in own.items()}
+
+
 class InductorLoopEngine(InductorEngine, LoopEngine):
     """The transformer: one solver step, or a whole denoising loop as one graph."""
 
@@ -318,6 +357,9 @@ class InductorLoopEngine(InductorEngine, LoopEngine):
     def _row(self, name: str, content: Any, index: int) -> Any:
         like = self._work.inputs[name]
         return content[index, : like.numel()].view(like.shape)
+
+
+_ENGINES: dict[str, type[InductorEngine]] = {"text_encoder": InductorTextEncoder, "transformer": InductorLoopEngine}
 
 
 def _read_by_step(program: Program) -> frozenset[str]:

@@ -1,8 +1,8 @@
 """Pieces: functions over named tensors, each compiled once and called as often as the program says."""
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ Function = Callable[[Tensors], tuple[torch.Tensor, ...]]
 
 @dataclass(frozen=True)
 class Piece:
-    """`function` takes the tensors of `inputs` by name and returns new ones."""
+    """`function` takes the tensors of `inputs` by name and returns new ones. `options`: Inductor's, where special."""
 
     name: str
     inputs: tuple[str, ...]
     function: Function
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run it eagerly."""
@@ -47,8 +48,9 @@ def compile_piece(
     Products go to the libraries unless `options` say otherwise: to measure Inductor's own templates (up to 106 for each
     FP8 product) takes most of a build, and hardly any of them is faster.
     """
+    chosen = {**(options or {}), **piece.options}
     with warnings.catch_warnings():
         # PyTorch's own packager uses what PyTorch deprecates.
         warnings.simplefilter("ignore", FutureWarning)
         exported = torch.export.export(PieceModule(piece), tuple(examples), strict=False)
-        torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=chosen)

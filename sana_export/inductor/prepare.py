@@ -318,8 +318,8 @@ def _prepare_text_encoder(checkpoint: Checkpoint, weights: Weights, quantized: _
             stored[f"layers.{i}.{norm}.weight"] = cast(weights[f"layers.{i}.{norm}.weight"], dtype)
         forms.append(form)
     pieces, layers = gemma.text_encoder_pieces(layout, tuple(forms))
-    calls = gemma.text_encoder_calls(pieces, layers)
-    return _checked(Prepared(pieces, (), calls, stored, tuple(quantized.notes)), weights)
+    prefix, caption = gemma.text_encoder_calls(pieces, layers)
+    return _checked(Prepared(pieces, prefix, caption, stored, tuple(quantized.notes)), weights)
 
 
 def _packed(names: list[str], weights: Weights, quantized: _Quantized) -> tuple[LinearForm, dict[str, LazyTensor]]:

@@ -2,17 +2,22 @@
 
 The mathematics of transformers' Gemma2Model with eager attention. Soft caps rule out library attention; at a few
 hundred tokens the scores are small, and Inductor fuses everything between the two products.
+
+Attention is causal, and before most prompts stands the same long instruction. So the positions before the caption, the
+*prefix*, have pieces of their own, whose keys, values and result the runtime keeps until those tokens change; what is
+computed per prompt are the positions of the caption, which attend to both.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional as F
 
 from sana_export.inductor.linear import LinearForm, Tensors, linear
 from sana_export.inductor.piece import Piece
+from sana_runtime.contract import CAPTION_LENGTH
 from sana_runtime.inductor_program import Call
 
 # Scores are soft-capped, so this is a hard zero after softmax.
@@ -24,7 +29,15 @@ LAYER_LINEARS: dict[str, tuple[str, ...]] = {
     "mlp.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "mlp.down_proj": ("mlp.down_proj",),
 }
+# Positions that are computed per prompt: the caption's, and a few more so that products have a multiple of 8 rows.
+_PER_PROMPT = -(-(CAPTION_LENGTH - 1) // 8) * 8
+# A shorter prefix is not worth pieces of its own.
+_SHORTEST_PREFIX = 64
 LAYER_NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+
+
+# Which positions a layer's piece is for.
+Part = Literal["all", "prefix", "caption"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,12 @@ class TextEncoderLayout:
     tokens: int
     dtype: torch.dtype
     embedding_dtype: torch.dtype | None = None
+
+    @property
+    def prefix(self) -> int:
+        """How many positions stand before those that are computed per prompt; 0 where that is few."""
+        length = self.tokens - _PER_PROMPT
+        return length if length >= _SHORTEST_PREFIX else 0
 
     @classmethod
     def from_upstream(
@@ -65,13 +84,15 @@ class TextEncoderLayout:
         )
 
 
-def embed_piece(layout: TextEncoderLayout) -> Piece:
-    """caption_tokens, caption_mask [1, L] -> x [1, L, C], bias [L, L] fp32, cosine and sine [L, D]."""
+def embed_piece(layout: TextEncoderLayout, first: int, end: int, name: str) -> Piece:
+    """caption_tokens, caption_mask [1, L] -> of the T positions from `first` to `end`: x [1, T, C], bias [T, end] fp32
+    towards all positions before `end`, cosine and sine [T, D].
+    """
     inputs = ["caption_tokens", "caption_mask", "embed_tokens.weight"]
     inputs += ["embed_tokens.weight_scale"] * (layout.embedding_dtype is not None)
 
     def embed(t: Tensors) -> tuple[torch.Tensor, ...]:
-        tokens, mask = t["caption_tokens"], t["caption_mask"]
+        tokens, mask = t["caption_tokens"][:, first:end], t["caption_mask"][:, :end]
         x = F.embedding(tokens, t["embed_tokens.weight"])
         if layout.embedding_dtype is not None:
             scale = t["embed_tokens.weight_scale"]
@@ -79,20 +100,23 @@ def embed_piece(layout: TextEncoderLayout) -> Piece:
             x = (x.float() * rows).to(layout.dtype)
         # The factor is rounded to the dtype of the weights, as in transformers.
         factor = torch.tensor(layout.channels**0.5, dtype=layout.dtype).item()
-        position = torch.arange(layout.tokens, device=tokens.device)
-        allowed = (position[:, None] >= position[None, :]) & mask.bool()  # [L, L]
+        position = torch.arange(end, device=tokens.device)
+        allowed = (position[first:, None] >= position[None, :]) & mask.bool()  # [T, end]
         bias = torch.where(allowed, 0.0, _MASKED)
         half = torch.arange(0, layout.head_dim, 2, dtype=torch.float32, device=tokens.device) / layout.head_dim
-        angle = torch.outer(position.float(), 1.0 / layout.rope_theta**half)
+        angle = torch.outer(position[first:].float(), 1.0 / layout.rope_theta**half)
         angle = torch.cat([angle, angle], dim=-1)
         return x * factor, bias, angle.cos().to(layout.dtype), angle.sin().to(layout.dtype)
 
-    return Piece("embed", tuple(inputs), embed)
+    return Piece(name, tuple(inputs), embed)
 
 
-def layer_piece(layout: TextEncoderLayout, forms: Mapping[str, LinearForm], name: str = "layer") -> Piece:
-    """x [1, L, C] -> x [1, L, C] of one decoder layer."""
-    inputs = ["x", "bias", "cosine", "sine"]
+def layer_piece(layout: TextEncoderLayout, forms: Mapping[str, LinearForm], name: str, part: Part) -> Piece:
+    """x [1, T, C] -> x [1, T, C] of one decoder layer.
+
+    Of the prefix also its keys and values [key_heads, prefix, D], which those of the caption take beside x.
+    """
+    inputs = ["x", "bias", "cosine", "sine", *(("past_key", "past_value") if part == "caption" else ())]
     for linear_name, form in forms.items():
         inputs += form.tensors(linear_name)
     inputs += [f"{norm}.weight" for norm in LAYER_NORMS]
@@ -105,22 +129,24 @@ def layer_piece(layout: TextEncoderLayout, forms: Mapping[str, LinearForm], name
             return gemma_norm(x, t[f"{name}.weight"], layout.norm_eps)
 
         x = t["x"]
-        attended = _attention(product("self_attn.qkv", norm("input_layernorm", x)), t, layout)
+        attended, *kept = _attention(product("self_attn.qkv", norm("input_layernorm", x)), t, layout)
         x = x + norm("post_attention_layernorm", product("self_attn.o_proj", attended))
         gate, up = product("mlp.gate_up", norm("pre_feedforward_layernorm", x)).chunk(2, dim=-1)
         hidden = F.gelu(gate, approximate="tanh") * up
-        return (x + norm("post_feedforward_layernorm", product("mlp.down_proj", hidden)),)
+        x = x + norm("post_feedforward_layernorm", product("mlp.down_proj", hidden))
+        return (x, *kept) if part == "prefix" else (x,)
 
     return Piece(name, tuple(inputs), layer)
 
 
 def final_piece(layout: TextEncoderLayout) -> Piece:
-    """x [1, L, C] -> caption_embeds [1, L, C]."""
+    """x [1, T, C] of the prefix, if there is one, and of the rest -> caption_embeds [1, L, C]."""
+    parts = ("prefix_x", "x") if layout.prefix else ("x",)
 
     def final(t: Tensors) -> tuple[torch.Tensor, ...]:
-        return (gemma_norm(t["x"], t["norm.weight"], layout.norm_eps),)
+        return (gemma_norm(torch.cat([t[name] for name in parts], dim=1), t["norm.weight"], layout.norm_eps),)
 
-    return Piece("final", ("x", "norm.weight"), final)
+    return Piece("final", (*parts, "norm.weight"), final)
 
 
 def gemma_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -132,44 +158,67 @@ def gemma_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tenso
 def text_encoder_pieces(
     layout: TextEncoderLayout, forms: tuple[Mapping[str, LinearForm], ...]
 ) -> tuple[dict[str, Piece], list[str]]:
-    """All pieces by name, and the name of every layer's piece: layers of equal forms share one."""
-    pieces = {piece.name: piece for piece in (embed_piece(layout), final_piece(layout))}
+    """All pieces by name, and the name of every layer's piece: layers of equal forms share one. The prefix's pieces
+    have names with "prefix_" before them.
+    """
+    found = [embed_piece(layout, layout.prefix, layout.tokens, "embed"), final_piece(layout)]
+    if layout.prefix:
+        found.append(embed_piece(layout, 0, layout.prefix, "prefix_embed"))
     names: dict[tuple, str] = {}
     layers = []
     for form in forms:
         key = tuple(form.items())
         if key not in names:
-            names[key] = f"layer_{len(names) + 1}" if names else "layer"
-            pieces[names[key]] = layer_piece(layout, form, names[key])
+            name = names[key] = f"layer_{len(names) + 1}" if names else "layer"
+            found.append(layer_piece(layout, form, name, "caption" if layout.prefix else "all"))
+            if layout.prefix:
+                found.append(layer_piece(layout, form, f"prefix_{name}", "prefix"))
         layers.append(names[key])
-    return pieces, layers
+    return {piece.name: piece for piece in found}, layers
 
 
-def text_encoder_calls(pieces: Mapping[str, Piece], layers: list[str]) -> tuple[Call, ...]:
-    """The calls of one caption for weights named as the reference names them."""
-    calls = [Call("embed", pieces["embed"].inputs, ("x.0", "bias", "cosine", "sine"))]
+def text_encoder_calls(pieces: Mapping[str, Piece], layers: list[str]) -> tuple[tuple[Call, ...], tuple[Call, ...]]:
+    """The calls for the prefix, none without one, and those of one caption, for weights named as the reference names
+    them.
+    """
+    prefix: list[Call] = []
+    if "prefix_embed" in pieces:
+        prefix = _calls(pieces, "prefix_", layers, ("key", "value"))
+    last = f"x.{len(layers)}"
+    inputs = {"x": last, "prefix_x": f"prefix_{last}", "norm.weight": "norm.weight"}
+    final = Call("final", tuple(inputs[name] for name in pieces["final"].inputs), ("caption_embeds",))
+    return tuple(prefix), (*_calls(pieces, "", layers, ()), final)
+
+
+def _calls(pieces: Mapping[str, Piece], part: str, layers: list[str], kept: tuple[str, ...]) -> list[Call]:
+    """Those of the prefix or of the rest, from the tokens to the last layer's x."""
+    shared = {name: f"{part}{name}" for name in ("bias", "cosine", "sine")}
+    embed = pieces[f"{part}embed"]
+    calls = [Call(embed.name, embed.inputs, (f"{part}x.0", *shared.values()))]
     for i, name in enumerate(layers):
-        shared = {"x": f"x.{i}", "bias": "bias", "cosine": "cosine", "sine": "sine"}
-        inputs = tuple(shared.get(n, f"layers.{i}.{n}") for n in pieces[name].inputs)
-        calls.append(Call(name, inputs, (f"x.{i + 1}",)))
-    calls.append(Call("final", (f"x.{len(layers)}", "norm.weight"), ("caption_embeds",)))
-    return tuple(calls)
+        values = {**shared, "x": f"{part}x.{i}", "past_key": f"key.{i}", "past_value": f"value.{i}"}
+        inputs = tuple(values.get(n, f"layers.{i}.{n}") for n in pieces[f"{part}{name}"].inputs)
+        calls.append(Call(f"{part}{name}", inputs, (f"{part}x.{i + 1}", *(f"{n}.{i}" for n in kept))))
+    return calls
 
 
-def _attention(qkv: torch.Tensor, t: Tensors, layout: TextEncoderLayout) -> torch.Tensor:
-    """Packed qkv [1, L, (heads + 2 key_heads) D] -> [1, L, heads D], causal, soft-capped."""
+def _attention(qkv: torch.Tensor, t: Tensors, layout: TextEncoderLayout) -> tuple[torch.Tensor, ...]:
+    """Packed qkv [1, T, (heads + 2 key_heads) D] -> [1, T, heads D], causal, soft-capped, and the T keys and values."""
     groups = layout.heads // layout.key_heads
-    heads = qkv[0].unflatten(-1, (-1, layout.head_dim)).transpose(0, 1)  # [heads + 2 key_heads, L, D]
+    heads = qkv[0].unflatten(-1, (-1, layout.head_dim)).transpose(0, 1)  # [heads + 2 key_heads, T, D]
     query, key, value = heads.split([layout.heads, layout.key_heads, layout.key_heads])
     query, key = (_rotated(x, t["cosine"], t["sine"]) for x in (query, key))
-    # The query heads of one key head as rows of one product: [key_heads, groups * L, D].
+    own = key, value
+    if "past_key" in t:
+        key, value = torch.cat([t["past_key"], key], dim=1), torch.cat([t["past_value"], value], dim=1)
+    # The query heads of one key head as rows of one product: [key_heads, groups * T, D].
     grouped = query.unflatten(0, (layout.key_heads, groups)).flatten(1, 2)
     scores = torch.bmm(grouped, key.transpose(1, 2)).float() * layout.query_scale
     if layout.soft_cap is not None:
         scores = torch.tanh(scores / layout.soft_cap) * layout.soft_cap
     weights = F.softmax(scores.unflatten(1, (groups, -1)) + t["bias"], dim=-1).to(qkv.dtype)
-    out = torch.bmm(weights.flatten(1, 2), value)  # [key_heads, groups * L, D]
-    return out.unflatten(1, (groups, -1)).flatten(0, 1).transpose(0, 1).flatten(1)[None]
+    out = torch.bmm(weights.flatten(1, 2), value)  # [key_heads, groups * T, D]
+    return out.unflatten(1, (groups, -1)).flatten(0, 1).transpose(0, 1).flatten(1)[None], *own
 
 
 def _rotated(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:

@@ -145,13 +145,13 @@ def test_the_plot_is_the_same_twice(render: ModuleType, tmp_path: Path) -> None:
 
 
 def test_quality_is_rendered(render: ModuleType, tmp_path: Path) -> None:
-    columns = "precision,target,steps,solver,overall,count,colour,shape,position,binding,psnr_db,ssim,prompts"
+    columns = "precision,target,steps,solver,overall,count,colour,shape,position,binding,compared,psnr_db,ssim,prompts"
     with (tmp_path / "nano_quality.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(columns.split(","))
-        writer.writerow(["bf16", "onnxruntime", 20, "flow_dpm_solver", 0.953, 1, 0.9, 0.9, 0.9, 0.9, "", "", 512])
-        writer.writerow(["fp8", "inductor", 20, "flow_dpm_solver", 0.941, 1, 0.9, 0.9, 0.9, 0.9, 31.25, 0.98765, 512])
+        writer.writerow(["bf16", "onnxruntime", 20, "flow_dpm_solver", 0.953, 1, 0.9, 0.9, 0.9, 0.9, 0, "", "", 512])
+        writer.writerow(["fp8", "inductor", 20, "flow_dpm_solver", 0.941, 1, 0.9, 0.9, 0.9, 0.9, 200, 31.25, 0.98765, 512])
     text = render.rendered(FRAME, tmp_path)
     assert "### Quality" in text
     assert "| fp8 | inductor | 20 | flow_dpm_solver | 94.1% | 100.0% |" in text
-    assert "| 31.2 | 0.988 | 512 |" in text
+    assert "| 512 | 31.2 | 0.988 | 200 |" in text

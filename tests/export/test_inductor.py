@@ -20,6 +20,7 @@ from sana_calibration.scales import LayerScales
 from sana_calibration.smoothing import layer_scales_of_channels
 from sana_export.calibration_run import rules_of
 from sana_export.components import ComponentPlan, loaded_module, plan_components
+from sana_export.inductor import text_encoder
 from sana_export.inductor.decoder import decoder_piece, phase_weight, stored_weight
 from sana_export.inductor.linear import FP8, INT8, LinearForm, linear
 from sana_export.inductor.prepare import Prepared, prepare
@@ -146,6 +147,25 @@ def test_pieces_in_bf16_are_within_their_roundings(model: str, component: Compon
     wide = {name: t.float() if t.dtype == torch.bfloat16 else t for name, t in feeds.items()}
     wanted = reference_outputs(loaded_module(exact, checkpoint(model)), exact, wide)
     compare(plan, found, wanted, "bfloat16")
+
+
+@pytest.fixture
+def prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer positions than usual are computed per prompt: of the prompt's 23 tokens, 20 are the prefix's."""
+    monkeypatch.setattr(text_encoder, "_PER_PROMPT", TOKENS - 20)
+    monkeypatch.setattr(text_encoder, "_SHORTEST_PREFIX", 16)
+
+
+@pytest.mark.usefixtures("prefix")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_prefix_of_its_own_changes_nothing(precision: PrecisionName) -> None:
+    plan, exact = (plan_of("random:tiny", name, "text_encoder") for name in (precision, "fp32"))
+    feeds = feeds_of(plan)
+    prepared = prepared_for("random:tiny", plan, {}, {})
+    assert {*prepared.pieces} == {"embed", "layer", "final", "prefix_embed", "prefix_layer"}
+    found = run_prepared(prepared, plan, feeds)
+    wanted = reference_outputs(loaded_module(exact, checkpoint("random:tiny")), exact, feeds)
+    compare(plan, found, wanted, plan.dtype)
 
 
 def observed_scales(

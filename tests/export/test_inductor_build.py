@@ -28,7 +28,7 @@ PIXEL_TOLERANCE = 2
 MOVED_CODES = 1e-4
 PROMPT = "A red circle, left of a Blue square"
 PIECES = {
-    "text_encoder": {"embed", "layer", "final"},
+    "text_encoder": {"prefix_embed", "prefix_layer", "embed", "layer", "final"},
     "transformer": {"caption", "embed", "block", "head"},
     "vae_decoder": {"decoder"},
 }
@@ -77,6 +77,36 @@ def test_a_bundle_paints_what_the_onnx_bundle_paints(
         difference = np.abs(picture.pixels.astype(int) - expected.generate(PROMPT, **settings).pixels.astype(int))
         assert difference.max() <= PIXEL_TOLERANCE
         assert picture.pixels.std() > 10
+
+
+def test_the_instruction_is_computed_once_for_all_prompts(
+    tmp_path: Path, checkpoint_directory: Callable[[str], Path], eager_pieces: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(request_for(checkpoint_directory("random:tiny"), tmp_path / "bundle"), Recorder())
+    calls: list[str] = []
+    compute = Piece.__call__
+    monkeypatch.setattr(
+        Piece, "__call__", lambda piece, *inputs: (calls.append(piece.name), compute(piece, *inputs))[1]
+    )
+
+    def caption(pipeline: Pipeline, text: str, *, negative: bool = False) -> tuple[np.ndarray, int]:
+        calls.clear()
+        found = pipeline.encode_caption(text, negative=negative).embeds.numpy().copy()
+        return found, calls.count("prefix_embed")
+
+    pipeline = Pipeline.load(tmp_path / "bundle", report=lambda line: None)
+    first, computed = caption(pipeline, PROMPT)
+    assert computed == 1
+    second, computed = caption(pipeline, "three green stars")
+    assert computed == 0
+    # A negative prompt has no instruction: other tokens stand there.
+    assert caption(pipeline, "dark", negative=True)[1] == 1
+    again, computed = caption(pipeline, PROMPT)
+    assert computed == 1
+    np.testing.assert_array_equal(again, first)
+    fresh = Pipeline.load(tmp_path / "bundle", report=lambda line: None)
+    np.testing.assert_array_equal(caption(fresh, "three green stars")[0], second)
+    assert not np.array_equal(first, second)
 
 
 @pytest.mark.parametrize("name", ["random:tiny", "random:tiny-sprint"])
@@ -160,7 +190,7 @@ def test_a_compiler_that_fails_is_a_build_error(
 
     monkeypatch.setattr(compiling, "compile_piece", broken)
     request = request_for(checkpoint_directory("random:tiny"), tmp_path / "bundle")
-    with pytest.raises(BuildError, match=r"the piece 'embed' cannot be compiled or run[\s\S]*g\+\+ not found"):
+    with pytest.raises(BuildError, match=r"the piece 'prefix_embed' cannot be compiled or run[\s\S]*g\+\+ not found"):
         build(request, Recorder())
     assert not (tmp_path / "bundle").exists()
 

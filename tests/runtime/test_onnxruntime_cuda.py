@@ -37,8 +37,8 @@ def test_cuda_paints_the_picture_of_the_cpu(make_bundle: MakeBundle, guidance: s
             latents[name].clear()
             pipeline.generate("a fox", seed=2, on_step=lambda step, name=name: latents[name].append(step.next_latent))
     assert len(latents["cuda"]) == len(latents["cpu"]) > 1
-    # The caption goes through a product of inner dimension 8, in fp32: TF32, which keeps 10 bits, is switched off. Three
-    # bits for the solver's steps.
+    # The caption goes through a product of inner dimension 8, in fp32: TF32, which keeps 10 bits, is off. Three bits
+    # for the solver's steps.
     np.testing.assert_allclose(latents["cuda"], latents["cpu"], rtol=0, atol=2**-20 * 8 * 4.5)
 
 

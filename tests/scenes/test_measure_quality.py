@@ -42,30 +42,26 @@ def test_a_damaged_reference_is_named(tmp_path: Path, damage: Callable[[Path], o
         load_pictures(folder, 3)
 
 
-def made_row(way: Way, weights: str, psnr_db: float | None) -> Row:
+def made_row(way: Way, weights: str, compared: int) -> Row:
     figures: dict[str, Any] = {field.name: 0.5 for field in fields(Row)}
-    figures |= {"prompts": 3, "psnr_db": psnr_db, "recipe": "", "weights": weights}
+    figures |= {"prompts": 3, "compared": compared, "recipe": "", "weights": weights}
     return Row(**(figures | asdict(way)))
 
 
-@pytest.mark.parametrize("scores_only", [False, True])
-def test_rows_of_other_weights_go_and_scores_alone_do_not_pass_for_more(tmp_path: Path, scores_only: bool) -> None:
+@pytest.mark.parametrize("compared", [1, 3])
+def test_rows_of_other_weights_go_and_fewer_comparisons_do_not_pass_for_more(tmp_path: Path, compared: int) -> None:
     dpm, euler = (Way("fp32", "onnxruntime", solver, 28) for solver in ("flow_dpm_solver", "flow_euler"))
     path = tmp_path / "rows.csv"
-    write_rows(path, [asdict(made_row(dpm, "old", 30.0)), asdict(made_row(euler, "new", None))])
+    write_rows(path, [asdict(made_row(dpm, "old", 3)), asdict(made_row(euler, "new", 2))])
     asked: list[Way] = []
 
     def row(way: Way) -> Row:
         asked.append(way)
-        return made_row(way, "new", None if scores_only else 40.0)
+        return made_row(way, "new", compared)
 
-    measurement: Any = SimpleNamespace(weights="new", texts=("a", "b", "c"), row=row)
-    _measure(
-        Namespace(
-            rows=path, minutes=None, precision=["fp32"], steps=[28], target=["onnxruntime"], scores_only=scores_only
-        ),
-        measurement,
-    )
-    assert asked == ([] if scores_only else [euler])
-    found = {(row["weights"], row["psnr_db"]) for row in read_rows(path)}
-    assert found == ({("old", "30.0"), ("new", "")} if scores_only else {("new", "40.0")})
+    measurement: Any = SimpleNamespace(weights="new", texts=("a", "b", "c"), compared=compared, row=row)
+    arguments = Namespace(rows=path, minutes=None, precision=["fp32"], steps=[28], target=["onnxruntime"])
+    _measure(arguments, measurement)
+    assert asked == ([] if compared == 1 else [euler])
+    found = {(row["weights"], row["compared"]) for row in read_rows(path)}
+    assert found == ({("old", "3"), ("new", "2")} if compared == 1 else {("new", "3")})
