@@ -239,10 +239,18 @@ _DECODER_BLOCKS: dict[str, _DecoderBlock] = {"ResBlock": _res_block, "EfficientV
 
 
 def text_encoder_stage(
-    config: Mapping[str, Any], tokens: int, rules: Rules, base_dtype: str = "bfloat16", *, causal: bool = True
+    config: Mapping[str, Any],
+    tokens: int,
+    rules: Rules,
+    base_dtype: str = "bfloat16",
+    *,
+    kept: int = 0,
+    causal: bool = True,
 ) -> Stage:
-    """One prompt of `tokens` padded positions through Gemma-2. `causal` counts each position's own past alone; without
-    it the whole square, as a masked product computes it. Of the embedding only the looked-up rows count.
+    """One prompt of `tokens` padded positions through Gemma-2; keys and values of the first `kept` are there already.
+
+    `causal` counts each position's own past alone; without it the whole square, as a masked product computes it. Of the
+    embedding only the looked-up rows count.
     """
     tally = _Tally(rules, base_dtype)
     hidden, inner = config["hidden_size"], config["intermediate_size"]
@@ -250,24 +258,25 @@ def text_encoder_stage(
     keys = config["num_key_value_heads"] * config["head_dim"]
     embedding = rules.get("embed_tokens")
     stored = _BITS[embedding.weight_dtype if embedding else base_dtype]
-    lookup = tokens * hidden * stored // 8
-    tally.works.append(Work("embed_tokens", "pointwise", base_dtype, 0, lookup, tokens * hidden * tally.width()))
-    pairs = tokens * (tokens + 1) // 2 if causal else tokens * tokens
+    rows = tokens - kept
+    lookup = rows * hidden * stored // 8
+    tally.works.append(Work("embed_tokens", "pointwise", base_dtype, 0, lookup, rows * hidden * tally.width()))
+    pairs = (tokens * (tokens + 1) - kept * (kept + 1)) // 2 if causal else rows * tokens
     for index in range(config["num_hidden_layers"]):
         name = f"layers.{index}"
         # Two norms around each branch, and its residual.
-        tally.operation(f"{name}.norms", "pointwise", 0, 8 * tokens * hidden)
-        tally.product(f"{name}.self_attn.q_proj", tokens, hidden, queries)
-        tally.product(f"{name}.self_attn.k_proj", tokens, hidden, keys)
-        tally.product(f"{name}.self_attn.v_proj", tokens, hidden, keys)
-        tally.operation(f"{name}.self_attn", "attention", 2 * 2 * pairs * queries, tokens * 2 * (queries + keys))
-        tally.product(f"{name}.self_attn.o_proj", tokens, queries, hidden)
-        tally.product(f"{name}.mlp.gate_proj", tokens, hidden, inner)
-        tally.product(f"{name}.mlp.up_proj", tokens, hidden, inner)
-        tally.operation(f"{name}.mlp.act", "pointwise", 0, 3 * tokens * inner)
-        tally.product(f"{name}.mlp.down_proj", tokens, inner, hidden)
+        tally.operation(f"{name}.norms", "pointwise", 0, 8 * rows * hidden)
+        tally.product(f"{name}.self_attn.q_proj", rows, hidden, queries)
+        tally.product(f"{name}.self_attn.k_proj", rows, hidden, keys)
+        tally.product(f"{name}.self_attn.v_proj", rows, hidden, keys)
+        tally.operation(f"{name}.self_attn", "attention", 2 * 2 * pairs * queries, 2 * (rows * queries + tokens * keys))
+        tally.product(f"{name}.self_attn.o_proj", rows, queries, hidden)
+        tally.product(f"{name}.mlp.gate_proj", rows, hidden, inner)
+        tally.product(f"{name}.mlp.up_proj", rows, hidden, inner)
+        tally.operation(f"{name}.mlp.act", "pointwise", 0, 3 * rows * inner)
+        tally.product(f"{name}.mlp.down_proj", rows, inner, hidden)
     ids = 2 * tokens * _BITS["int64"] // 8
-    return Stage(tuple(tally.works), ids + tokens * hidden * tally.width())
+    return Stage(tuple(tally.works), ids + rows * hidden * tally.width())
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from sana_export.bench.subjects import (
 from sana_export.bundle import read_build_record
 from sana_export.calibration_run import rules_of
 from sana_export.components import plan_components
+from sana_export.inductor.text_encoder import prefix_length
 from sana_export.parity.tolerance import ParityError
 from sana_export.reference.dc_ae import AutoencoderConfig
 from sana_export.reference.transformer import TransformerConfig
@@ -133,7 +134,8 @@ def measure_ours(
     label = f"{OURS} {judged.target}"
     ceilings = bench.ceilings(judged.device)
     tokens = manifest.tokenizer.padded_length
-    work = picture_work(checkpoint, case, caption_tokens=tokens, recipe=_recipe(subject, manifest))
+    kept = prefix_length(tokens) if subject.target == "inductor" else 0
+    work = picture_work(checkpoint, case, caption_tokens=tokens, recipe=_recipe(subject, manifest), kept=kept)
     rows = [make_row(machine, case, label, "parity", note=f"{judged.verdict}; on {judged.description}")]
     seconds = _build_seconds(Path(subject.bundle))
     if seconds is not None:
@@ -180,8 +182,12 @@ def peer_stages(peer: str) -> tuple[str, ...]:
     return tuple(stage for stage in STAGES if stage != "cold_start" or peer in _COLD_PEERS)
 
 
-def picture_work(checkpoint: Checkpoint, case: Case, *, caption_tokens: int, recipe: str | None) -> PictureWork:
-    """Arithmetic and bytes of one picture; `recipe` is a file, or None for a case that quantises nothing."""
+def picture_work(
+    checkpoint: Checkpoint, case: Case, *, caption_tokens: int, recipe: str | None, kept: int = 0
+) -> PictureWork:
+    """Arithmetic and bytes of one picture. `recipe` is a file, or None for what quantises nothing; `kept` caption
+    positions are not computed per prompt.
+    """
     loaded = load_recipe(recipe) if recipe else None
     base = loaded.base_dtype if loaded else DTYPE_OF_PRECISION[case.precision]
     plans = {plan.name: plan for plan in plan_components(checkpoint, "bf16", case.height, case.width, caption_tokens)}
@@ -190,7 +196,7 @@ def picture_work(checkpoint: Checkpoint, case: Case, *, caption_tokens: int, rec
     batch = 1 if checkpoint.guidance == "embedded" else 2
     transformer = TransformerConfig.from_upstream(checkpoint.transformer_config)
     return PictureWork(
-        text_encoder_stage(checkpoint.text_encoder_config, caption_tokens, rules["text_encoder"], base),
+        text_encoder_stage(checkpoint.text_encoder_config, caption_tokens, rules["text_encoder"], base, kept=kept),
         caption_stage(transformer, batch, rules["transformer"], base),
         step_stage(transformer, latent, batch, rules["transformer"], base),
         decoder_stage(AutoencoderConfig.from_upstream(checkpoint.vae_config), latent, rules["vae_decoder"], base),

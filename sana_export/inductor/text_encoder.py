@@ -59,9 +59,8 @@ class TextEncoderLayout:
 
     @property
     def prefix(self) -> int:
-        """How many positions stand before those that are computed per prompt; 0 where that is few."""
-        length = self.tokens - _PER_PROMPT
-        return length if length >= _SHORTEST_PREFIX else 0
+        """How many positions stand before those that are computed per prompt."""
+        return prefix_length(self.tokens)
 
     @classmethod
     def from_upstream(
@@ -82,6 +81,12 @@ class TextEncoderLayout:
             dtype=dtype,
             embedding_dtype=embedding_dtype,
         )
+
+
+def prefix_length(tokens: int) -> int:
+    """How many of a prompt's padded positions stand before those that are computed per prompt; 0 where that is few."""
+    length = tokens - _PER_PROMPT
+    return length if length >= _SHORTEST_PREFIX else 0
 
 
 def embed_piece(layout: TextEncoderLayout, first: int, end: int, name: str) -> Piece:

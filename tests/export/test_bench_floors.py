@@ -84,6 +84,12 @@ def test_a_causal_floor_leaves_out_exactly_the_future() -> None:
     assert square - causal == config["num_hidden_layers"] * 4 * width * TOKENS * (TOKENS - 1) // 2
 
 
+def test_positions_that_are_kept_cost_nothing() -> None:
+    config = open_checkpoint("random:0.6b").text_encoder_config
+    whole, first = (text_encoder_stage(config, tokens, {}).flop for tokens in (TOKENS, TOKENS // 3))
+    assert text_encoder_stage(config, TOKENS, {}, kept=TOKENS // 3).flop == whole - first
+
+
 @pytest.mark.parametrize("model", ["random:0.6b", "random:tiny"])
 def test_weight_bytes_are_those_of_the_modules_matrices(model: str) -> None:
     checkpoint = open_checkpoint(model)

@@ -150,7 +150,9 @@ def test_quality_is_rendered(render: ModuleType, tmp_path: Path) -> None:
         writer = csv.writer(file)
         writer.writerow(columns.split(","))
         writer.writerow(["bf16", "onnxruntime", 20, "flow_dpm_solver", 0.953, 1, 0.9, 0.9, 0.9, 0.9, 0, "", "", 512])
-        writer.writerow(["fp8", "inductor", 20, "flow_dpm_solver", 0.941, 1, 0.9, 0.9, 0.9, 0.9, 200, 31.25, 0.98765, 512])
+        writer.writerow(
+            ["fp8", "inductor", 20, "flow_dpm_solver", 0.941, 1, 0.9, 0.9, 0.9, 0.9, 200, 31.25, 0.98765, 512]
+        )
     text = render.rendered(FRAME, tmp_path)
     assert "### Quality" in text
     assert "| fp8 | inductor | 20 | flow_dpm_solver | 94.1% | 100.0% |" in text
