@@ -109,7 +109,7 @@ def prepare(
 
 
 def calibration_device(build: QuantizedBuild) -> str:
-    """ "cuda" where PyTorch has a GPU with room for the largest component in fp32 and its activations, else "cpu"."""
+    """The GPU, "cuda", if it has room for the largest component in fp32 and its activations, or "cpu"."""
     if not torch.cuda.is_available():
         return "cpu"
     free_bytes, _ = torch.cuda.mem_get_info()

@@ -213,7 +213,8 @@ def _attention(qkv: torch.Tensor, t: Tensors, layout: TextEncoderLayout) -> tupl
     heads = qkv[0].unflatten(-1, (-1, layout.head_dim)).transpose(0, 1)  # [heads + 2 key_heads, T, D]
     query, key, value = heads.split([layout.heads, layout.key_heads, layout.key_heads])
     query, key = (_rotated(x, t["cosine"], t["sine"]) for x in (query, key))
-    own = key, value
+    # Compiled code takes its inputs to be laid out as its examples were, and what is kept is a copy.
+    own = key.contiguous(), value.contiguous()
     if "past_key" in t:
         key, value = torch.cat([t["past_key"], key], dim=1), torch.cat([t["past_value"], value], dim=1)
     # The query heads of one key head as rows of one product: [key_heads, groups * T, D].
