@@ -56,11 +56,8 @@ def commands(built_for: list[str]) -> list[list[str]]:
     prompt, bundle = DEMO_PROMPT.text, str(BUNDLE)
     compared = ["--pictures", str(PAIR), "--json", str(PARITY)]
     return [
-        # fp32 around the FP8 products, so that ONNX Runtime runs the bundle on any CPU. Few prompts for calibration:
-        # the demo is to be over in minutes.
-        shlex.split("sana-export build nano --precision fp8 --base-precision fp32")
-        + shlex.split("--calibration-prompts 2 --calibration-steps 8")
-        + [*built_for, "--output", bundle],
+        # fp32 around the FP8 products, so that ONNX Runtime runs the bundle on any CPU.
+        [*shlex.split("sana-export build nano --precision fp8 --base-precision fp32"), *built_for, "--output", bundle],
         ["sana-runtime", "generate", bundle, prompt, *PAINTING, "--output", str(PICTURE)],
         ["sana-export", "compare", bundle, "--prompt", prompt, *PAINTING, *compared],
     ]
