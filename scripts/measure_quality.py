@@ -337,7 +337,7 @@ class Measurement:
         self.device: str = arguments.device
         self.cores = os.cpu_count() or 1
         self.commit: str = arguments.commit
-        self.compared = min(len(self.prompts), arguments.compared if arguments.compared is not None else 1 << 30)
+        self.compared = len(self.prompts) if arguments.compared is None else min(arguments.compared, len(self.prompts))
         self.painters: dict[str, ModulePainter] = {}
         self.references: dict[Way, list[Pixels]] = {}
         self.pool = pool
@@ -464,6 +464,8 @@ def main() -> int:
     parser.add_argument("--commit", default=_commit(), help="default: git's")
     parser.add_argument("--rows", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    if arguments.compared is not None and arguments.compared < 0:
+        parser.error(f"--compared: {arguments.compared} given, 0 or more expected")
     # fp32 is fp32.
     torch.backends.cudnn.allow_tf32 = False
     # The modules paint in this process, alone.

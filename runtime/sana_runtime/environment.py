@@ -31,7 +31,7 @@ def c_compiler() -> tuple[str, ...] | None:
     return None
 
 
-def library_path_with(folder: Path) -> dict[str, str]:
+def prefixed_library_path(folder: Path) -> dict[str, str]:
     """The variables a child needs to find shared libraries in `folder` before all others."""
     inherited = os.environ.get("LD_LIBRARY_PATH", "")
     return {"LD_LIBRARY_PATH": os.pathsep.join(filter(None, (str(folder), inherited)))}

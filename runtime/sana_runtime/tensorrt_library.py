@@ -17,7 +17,7 @@ from typing import Literal
 
 from sana_runtime import two_wheels
 from sana_runtime.contract import TargetName
-from sana_runtime.environment import child_environment, library_path_with
+from sana_runtime.environment import child_environment, prefixed_library_path
 from sana_runtime.errors import TargetError
 
 LibraryKind = Literal["vendor", "two_wheels"]
@@ -124,7 +124,7 @@ def _examine_module(target: TargetName, module: str) -> Candidate:
 def _examine_two_wheels() -> Candidate:
     name = f"wheels {two_wheels.LIBRARY_WHEEL[0]} + {two_wheels.BINDINGS_WHEEL[0]}"
     try:
-        environment = library_path_with(two_wheels.shared_library_folder())
+        environment = prefixed_library_path(two_wheels.shared_library_folder())
     except two_wheels.NotAvailable as error:
         return Candidate(name, str(error))
     found = _probe(two_wheels.BINDINGS_MODULE, environment)

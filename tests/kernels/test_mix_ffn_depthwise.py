@@ -10,7 +10,7 @@ import torch
 from torch import library
 
 from sana_kernels.linear_attention.testing import compare_codes
-from sana_kernels.mix_ffn_depthwise import mix_ffn_depthwise, tap_major
+from sana_kernels.mix_ffn_depthwise import mix_ffn_depthwise, tap_major, testing
 from sana_kernels.mix_ffn_depthwise.quantization import narrow
 from sana_kernels.mix_ffn_depthwise.reference import mix_ffn_depthwise_backward_reference
 from sana_kernels.mix_ffn_depthwise.testing import (
@@ -69,6 +69,21 @@ def test_backward_of_the_reference_is_that_of_autograd(case: Case) -> None:
 def test_codes_on_the_cpu_are_the_exact_ones_but_beside_ties(out_dtype: torch.dtype) -> None:
     found = verify_codes(Case(3, 7, 9, 70, torch.bfloat16, out_dtype), "cpu", None)
     assert found.different <= found.near_ties < found.values / 100
+
+
+def test_a_tanh_off_by_its_most_stays_within_the_bound_and_below_the_rounding() -> None:
+    """The GPU's tanh is off by 2^-11 of its result at most; its SiLUs here are off by up to that, at random."""
+    inputs, sizes = make_inputs(Case(1, 32, 32, 256, torch.bfloat16), "cpu"), (32, 32)
+    x, weight, bias = (t.double() for t in (inputs.x, inputs.weight, inputs.bias))
+
+    def rough_silu(t: torch.Tensor) -> torch.Tensor:
+        return t / 2 * (1 + torch.tanh(t / 2) * (1 + (2 * torch.rand_like(t) - 1) * 2**-11))
+
+    exact = testing._exact(x, weight, bias, *sizes)
+    value, gate = testing._convolve(rough_silu(x), weight, bias, *sizes)
+    difference = value * rough_silu(gate) - exact
+    assert (difference.abs() <= testing._rough_error(x, weight, bias, *sizes) + exact.abs() * 2**-40).all()
+    assert difference.norm() < (exact.bfloat16().double() - exact).norm() / 5
 
 
 def test_triton_matches_the_oracle_in_the_interpreter() -> None:

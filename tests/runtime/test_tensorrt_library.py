@@ -268,9 +268,9 @@ def test_cache_folder_ignores_a_relative_path(monkeypatch: pytest.MonkeyPatch) -
 
 def test_library_path_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LD_LIBRARY_PATH", "/inherited")
-    assert environment.library_path_with(Path("/ours")) == {"LD_LIBRARY_PATH": "/ours:/inherited"}
+    assert environment.prefixed_library_path(Path("/ours")) == {"LD_LIBRARY_PATH": "/ours:/inherited"}
     monkeypatch.delenv("LD_LIBRARY_PATH")
-    assert environment.library_path_with(Path("/ours")) == {"LD_LIBRARY_PATH": "/ours"}
+    assert environment.prefixed_library_path(Path("/ours")) == {"LD_LIBRARY_PATH": "/ours"}
 
 
 def test_compiler_from_cc_keeps_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
