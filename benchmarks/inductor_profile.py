@@ -43,6 +43,7 @@ from sana_kernels.cross_attention.testing import make_inputs as cross_inputs
 from sana_kernels.linear_attention import linear_attention
 from sana_kernels.mix_ffn_depthwise import mix_ffn_depthwise
 from sana_kernels.modulated_norm import residual_modulated_norm
+from sana_runtime.inductor_engine import load_piece
 from sana_runtime.inductor_program import run_calls
 
 Values = dict[str, torch.Tensor]
@@ -482,7 +483,7 @@ def aoti(session: Session, size: str) -> None:
                 arguments = [value_of(values, name) for name in call.inputs]
                 options = {} if not session.on_gpu else VARIANTS["library"]
                 compile_piece(step.pieces[call.piece], arguments, path, options)
-                loaded_pieces[call.piece] = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
+                loaded_pieces[call.piece] = load_piece(path)
                 session.row("build", f"{size} fp8 package", call.piece, time.monotonic() - started, "s")
             run_calls((call,), loaded_pieces, values, frozenset(call.outputs))
         got = step.run(loaded_pieces)["velocity"]

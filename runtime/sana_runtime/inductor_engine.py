@@ -8,11 +8,13 @@ target needs no torch. A .pt2 package holds native code, which loading it execut
 import gc
 import importlib
 import importlib.util
+import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import msgspec
 import numpy as np
@@ -131,6 +133,9 @@ class InductorBackend(Backend):
     memory: TorchMemory
 
     def __init__(self, device: str) -> None:
+        # Without room for its counters cuBLASLt takes kernels that need none, nor a memset before each of them: 2.5 us
+        # per product on an H200. PyTorch reads this when it makes its first product.
+        os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "0")
         self.memory = TorchMemory(device)
         torch = self.memory.torch
         name = torch.cuda.get_device_name(0) if device == "cuda" else platform.machine()
@@ -139,8 +144,7 @@ class InductorBackend(Backend):
         )
         # The decoder's convolutions have few shapes; which kernel is fastest is found in the runs before a capture.
         torch.backends.cudnn.benchmark = True
-        # Graphs never run at the same time and keep nothing between runs, so they share their memory.
-        self._pool = torch.cuda.graph_pool_handle() if device == "cuda" else None
+        self._pool = _GraphPool(torch)
 
     def load(self, bundle: Path, component: ComponentEntry, entry: EngineEntry) -> Engine:
         path = bundle / entry.files[0]
@@ -174,13 +178,20 @@ def read_program(path: Path) -> Program:
 
 def load_piece(path: Path) -> RunPiece:
     """A compiled piece. Executes native code of the file. Raises `BundleError` where it cannot be loaded."""
-    torch_module()
-    load = importlib.import_module("torch._inductor").aoti_load_package
+    torch = torch_module()
     try:
-        # Without its locks and events, which a capture of its kernels does not survive.
-        return load(str(path), run_single_threaded=True)
+        # What torch's `aoti_load_package` ends in. Before that it compiles programs to find out what the CPU can do,
+        # which takes a minute where nothing is cached and needs a compiler; `inductor_problem` has asked the device.
+        # Single-threaded: without its locks and events, which a capture of its kernels does not survive.
+        loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
     except Exception as error:  # the loader raises what the C++ behind it does
         raise _damaged(path, error) from error
+
+    def run(*tensors: Any) -> Sequence[Any]:
+        found: Sequence[Any] = loader.boxed_run([*tensors])
+        return found
+
+    return run
 
 
 def _damaged(path: Path, error: object) -> BundleError:
@@ -196,6 +207,28 @@ def _buffer(tensor: DeviceTensor) -> Any:
     return tensor.buffer
 
 
+class _GraphPool:
+    """The memory of captured graphs. They never run at the same time and keep nothing between runs, so they share it.
+
+    PyTorch takes a pool back together with its last graph, and refuses its handle from then on.
+    """
+
+    def __init__(self, torch: Any) -> None:
+        self._torch = torch
+        self._alive: WeakSet[Any] = WeakSet()
+        self._handle: Any = None
+
+    def captured(self, work: Callable[[], None]) -> Any:
+        """A graph of what `work` does on the GPU."""
+        if not self._alive:
+            self._handle = self._torch.cuda.graph_pool_handle()
+        graph = self._torch.cuda.CUDAGraph()
+        with self._torch.cuda.graph(graph, pool=self._handle):
+            work()
+        self._alive.add(graph)
+        return graph
+
+
 @dataclass
 class _Work:
     """A component's calls on one device, its own copies of inputs and outputs, and the graphs captured over them."""
@@ -204,7 +237,7 @@ class _Work:
     program: Program
     pieces: Mapping[str, RunPiece]
     weights: Mapping[str, Any]
-    pool: Any
+    pool: "_GraphPool"
     inputs: Mapping[str, Any]
     outputs: Mapping[str, Any]
     graphs: dict[tuple[Any, ...], Any] = field(default_factory=dict)
@@ -229,10 +262,7 @@ class _Work:
                 warm_up()
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            work()
-        return graph
+        return self.pool.captured(work)
 
     def prepared(self) -> dict[str, Any]:
         """All values that a step reads, but for what changes from step to step."""

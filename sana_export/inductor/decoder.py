@@ -176,13 +176,14 @@ def _attention_block(x: torch.Tensor, t: Tensors, name: str, layout: DecoderLayo
         mixed = _mixed(qkv.unflatten(1, (height, width)), t, f"{attention}.multiscale", layout).flatten(1, 2)
         out = torch.cat([out, linear_attention(mixed, head_dim=head_dim, impl=layout.impl)], dim=-1)
     tokens = tokens + _norm(F.linear(out, t[f"{attention}.to_out.weight"]), t, f"{attention}.norm")
-    hidden = F.linear(tokens, t[f"{ffn}.conv_inverted.weight"], t[f"{ffn}.conv_inverted.bias"])
+    hidden = F.linear(tokens, t[f"{ffn}.conv_inverted.weight"])
     hidden = mix_ffn_depthwise(
         hidden,
         taps_view(t[f"{ffn}.conv_depth.weight"]),
         t[f"{ffn}.conv_depth.bias"],
         height,
         width,
+        x_bias=t[f"{ffn}.conv_inverted.bias"],
         impl=layout.impl,
     )
     tokens = tokens + _norm(F.linear(hidden, t[f"{ffn}.conv_point.weight"]), t, f"{ffn}.norm")

@@ -272,6 +272,8 @@ def _block_tensors(
         bias = weights[f"{path}.bias"] if form.bias else None
         for part, tensor in quantized.tensors(path, form, weights[f"{path}.weight"], bias).items():
             stored[f"{path}.{part}"] = tensor
+    ffn_bias = f"{name}.mix_ffn.conv_inverted.bias"
+    stored[ffn_bias] = cast(weights[ffn_bias], layout.dtype)
     factor = quantized.factor(f"{name}.mix_ffn.conv_point")
     for part in ("weight", "bias"):
         tensor = weights[f"{name}.mix_ffn.conv_depth.{part}"]

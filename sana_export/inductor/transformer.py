@@ -32,13 +32,14 @@ _SHIFT_A, _SCALE_A, _GATE_A, _SHIFT_M, _SCALE_M, _GATE_M = range(6)
 SCALE_ROWS = (_SCALE_A, _SCALE_M)
 ATTENTION_ROWS, FFN_ROWS = (_SHIFT_A, _SCALE_A), (_SHIFT_M, _SCALE_M)
 
-# A block's linear layers, and whether they have a bias.
+# A block's linear layers, and whether the product adds a bias. That of conv_inverted is added behind it, where the
+# depthwise convolution reads: the library's FP8 product is 5.6 us slower with one (0.6B, 1024 px, H200).
 BLOCK_LINEARS = {
     "linear_attention.qkv": False,
     "linear_attention.to_out": True,
     "cross_attention.to_q": True,
     "cross_attention.to_out": True,
-    "mix_ffn.conv_inverted": True,
+    "mix_ffn.conv_inverted": False,
     "mix_ffn.conv_point": False,
 }
 BlockForms = Mapping[str, LinearForm]
@@ -163,7 +164,7 @@ def block_piece(layout: TransformerLayout, forms: BlockForms, name: str = "block
     inputs = ["x", "branch", "table_before", "table", "key_value", "key_bias", "key_counts"]
     for layer, form in forms.items():
         inputs += form.tensors(layer)
-    inputs += ["mix_ffn.conv_depth.weight", "mix_ffn.conv_depth.bias"]
+    inputs += ["mix_ffn.conv_inverted.bias", "mix_ffn.conv_depth.weight", "mix_ffn.conv_depth.bias"]
     if config.qk_norm:
         inputs += [f"linear_attention.norm_{p}.weight" for p in "qk"] + ["cross_attention.norm_q.weight"]
 
@@ -235,6 +236,7 @@ def block_piece(layout: TransformerLayout, forms: BlockForms, name: str = "block
             t["mix_ffn.conv_depth.bias"],
             layout.height,
             layout.width,
+            x_bias=t["mix_ffn.conv_inverted.bias"],
             **output("mix_ffn.conv_point"),  # type: ignore[arg-type]
         )
         return x, product("mix_ffn.conv_point", gated)

@@ -37,6 +37,7 @@ def block_tensors(forms, seed):
         "table_before": normal(6, channels), "table": normal(6, channels),
         "key_value": normal(2, keys, 2 * channels), "key_bias": torch.zeros(2, keys),
         "key_counts": torch.tensor([keys, 3], dtype=torch.int32),
+        "mix_ffn.conv_inverted.bias": normal(2 * hidden),
         "mix_ffn.conv_depth.weight": normal(9, 2 * hidden) / 3, "mix_ffn.conv_depth.bias": normal(2 * hidden),
     }
     for name, form in forms.items():

@@ -29,12 +29,20 @@ ON_CPU = [
     Case(3, 7, 9, 40, torch.float32),
     Case(2, 5, 3, 70, torch.bfloat16),
     Case(1, 9, 13, 16, torch.float16),
+    Case(2, 5, 3, 70, torch.float32, biased=True),
+    Case(1, 4, 6, 16, torch.bfloat16, biased=True),
 ]
 # Two channel blocks, two strips of rows, two runs of columns; a strip with more rows than the image; both outputs.
-INTERPRETED = [Case(3, 7, 9, 8, torch.float32), Case(1, 2, 3, 70, torch.bfloat16)]
+INTERPRETED = [
+    Case(3, 7, 9, 8, torch.float32),
+    Case(1, 2, 3, 70, torch.bfloat16),
+    Case(1, 7, 9, 8, torch.float32, biased=True),
+    Case(1, 3, 5, 70, torch.bfloat16, biased=True),
+]
 INTERPRETED_CODES = [
     Case(1, 3, 5, 70, torch.bfloat16, torch.float8_e4m3fn),
     Case(2, 5, 3, 40, torch.float16, torch.int8),
+    Case(1, 3, 5, 70, torch.bfloat16, torch.float8_e4m3fn, biased=True),
 ]
 
 INTERPRET = """
@@ -42,7 +50,7 @@ import sys, torch
 from sana_kernels.mix_ffn_depthwise import testing
 floats, codes = eval(sys.argv[1], {"Case": testing.Case, "torch": torch})
 for case in floats:
-    assert len(testing.verify(case, "cpu", "triton")) == 4
+    assert len(testing.verify(case, "cpu", "triton")) == 4 + case.biased
 for case in codes:
     assert testing.verify_codes(case, "cpu", "triton").values
 print(len(floats) + len(codes))
@@ -51,17 +59,21 @@ print(len(floats) + len(codes))
 
 @pytest.mark.parametrize("case", ON_CPU, ids=str)
 def test_op_on_the_cpu_matches_the_oracle(case: Case) -> None:
-    assert len(verify(case, "cpu", None)) == 4
+    assert len(verify(case, "cpu", None)) == 4 + case.biased
 
 
 @pytest.mark.parametrize("case", ON_CPU, ids=str)
 def test_backward_of_the_reference_is_that_of_autograd(case: Case) -> None:
     inputs = make_inputs(case, "cpu")
-    leaves = [t.float().requires_grad_() for t in (inputs.x, inputs.weight, inputs.bias)]
-    out = mix_ffn_depthwise(*leaves, case.height, case.width, impl="reference")
+    x_bias = torch.zeros(2 * case.hidden) if inputs.x_bias is None else inputs.x_bias
+    x, x_bias, weight, bias = leaves = [
+        t.float().requires_grad_() for t in (inputs.x, x_bias, inputs.weight, inputs.bias)
+    ]
+    out = mix_ffn_depthwise(x, weight, bias, case.height, case.width, x_bias=x_bias, impl="reference")
     wanted = torch.autograd.grad(out, leaves, inputs.grad.float())
     found = mix_ffn_depthwise_backward_reference(inputs.grad.float(), *leaves, case.height, case.width)
     for mine, theirs in zip(found, wanted, strict=True):
+        assert mine is not None
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
@@ -69,6 +81,14 @@ def test_backward_of_the_reference_is_that_of_autograd(case: Case) -> None:
 def test_codes_on_the_cpu_are_the_exact_ones_but_beside_ties(out_dtype: torch.dtype) -> None:
     found = verify_codes(Case(3, 7, 9, 70, torch.bfloat16, out_dtype), "cpu", None)
     assert found.different <= found.near_ties < found.values / 100
+
+
+def test_a_bias_of_x_is_added_before_silu_and_not_to_the_padding() -> None:
+    inputs = make_inputs(Case(2, 3, 4, 10, torch.float32, biased=True), "cpu")
+    assert inputs.x_bias is not None
+    found = mix_ffn_depthwise(inputs.x, inputs.weight, inputs.bias, 3, 4, x_bias=inputs.x_bias)
+    wanted = mix_ffn_depthwise(inputs.x + inputs.x_bias, inputs.weight, inputs.bias, 3, 4)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
 def test_a_tanh_off_by_its_most_stays_within_the_bound_and_below_the_rounding() -> None:
@@ -95,14 +115,20 @@ def test_triton_matches_the_oracle_in_the_interpreter() -> None:
     assert run.stdout.split() == [str(len(INTERPRETED) + len(INTERPRETED_CODES))]
 
 
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
 @pytest.mark.parametrize("capability", [80, 86, 87, 89, 90, 110, 120])
-def test_kernel_compiles_without_a_gpu(capability: int) -> None:
+def test_kernel_compiles_without_a_gpu(capability: int, biased: bool) -> None:
     pytest.importorskip("triton")
     from sana_kernels.mix_ffn_depthwise import triton as kernels
 
     out = "fp8e4nv" if capability >= 89 else "i8"
-    types = {"x": "*bf16", "weight": "*bf16", "bias": "*bf16", "scale": "*fp32", "out": f"*{out}"}
-    constants = {"HIDDEN": 2880, "ROWS": kernels.TILING.rows, "BLOCK_C": kernels.TILING.block_channels}
+    types = {"x": "*bf16", "x_bias": "*bf16", "weight": "*bf16", "bias": "*bf16", "scale": "*fp32", "out": f"*{out}"}
+    constants = {
+        "BIASED": biased,
+        "HIDDEN": 2880,
+        "ROWS": kernels.TILING.rows,
+        "BLOCK_C": kernels.TILING.block_channels,
+    }
     compiled = compile_ahead(kernels.mix_ffn_depthwise_kernel, capability, types, constants, kernels.TILING.num_warps)
     assert compiled.asm["cubin"]
     assert f".target sm_{capability}" in compiled.asm["ptx"]
@@ -119,10 +145,14 @@ def test_quantised_values_are_those_of_the_calibration(out_dtype: torch.dtype) -
     assert torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8))
 
 
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
 @pytest.mark.parametrize("out_dtype", [None, torch.int8], ids=str)
-def test_op_is_well_formed(out_dtype: torch.dtype | None) -> None:
-    inputs = make_inputs(Case(2, 3, 5, 6, torch.float32), "cpu")
-    tensors = [t.requires_grad_(out_dtype is None) for t in (inputs.x, inputs.weight, inputs.bias)]
+def test_op_is_well_formed(out_dtype: torch.dtype | None, biased: bool) -> None:
+    inputs = make_inputs(Case(2, 3, 5, 6, torch.float32, biased=biased), "cpu")
+    tensors = [
+        None if t is None else t.requires_grad_(out_dtype is None)
+        for t in (inputs.x, inputs.x_bias, inputs.weight, inputs.bias)
+    ]
     scale = None if out_dtype is None else torch.tensor(0.1)
     library.opcheck(torch.ops.sana.mix_ffn_depthwise.default, (*tensors, scale, 3, 5, out_dtype))
 
@@ -160,6 +190,8 @@ def test_what_does_not_fit_is_refused() -> None:
         mix_ffn_depthwise(x, weight, bias, 2, 2)
     with pytest.raises(ValueError, match=r"weight must be \[8, 1, 3, 3\]"):
         mix_ffn_depthwise(x, weight[:4], bias, 2, 3)
+    with pytest.raises(ValueError, match=r"x_bias must be \[8\], got \(4,\)"):
+        mix_ffn_depthwise(x, weight, bias, 2, 3, x_bias=bias[:4])
     with pytest.raises(ValueError, match="given together"):
         mix_ffn_depthwise(x, weight, bias, 2, 3, out_dtype=torch.int8)
     with pytest.raises(ValueError, match="float8_e4m3fn or int8"):
@@ -215,6 +247,9 @@ OTHERS = [
     Case(2, 40, 24, 5600, torch.float32),
     Case(70, 5, 6, 64),
     Case(1, 256, 256, 720),
+    Case(2, 32, 32, 2880, biased=True),
+    Case(3, 7, 9, 70, torch.float32, biased=True),
+    Case(1, 5, 6, 64, torch.float16, biased=True),
 ]
 CODES = [
     Case(2, side, side, hidden, out_dtype=dtype)
@@ -225,6 +260,8 @@ CODES = [
 OTHER_CODES = [
     Case(3, 33, 47, 101, torch.float32, torch.float8_e4m3fn),
     Case(3, 7, 9, 70, torch.float16, torch.int8),
+    Case(2, 32, 32, 2880, out_dtype=torch.float8_e4m3fn, biased=True),
+    Case(3, 33, 47, 101, torch.float32, torch.int8, biased=True),
 ]
 
 
@@ -233,7 +270,7 @@ OTHER_CODES = [
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("case", TRANSFORMER + DECODER + OTHERS, ids=str)
 def test_triton_matches_the_oracle(case: Case) -> None:
-    assert len(verify(case, "cuda", "triton", seed=case.hidden)) == 4
+    assert len(verify(case, "cuda", "triton", seed=case.hidden)) == 4 + case.biased
 
 
 @pytest.mark.gpu
@@ -243,9 +280,11 @@ def test_triton_matches_the_oracle(case: Case) -> None:
 def test_codes_are_the_references_but_beside_ties(case: Case) -> None:
     found = verify_codes(case, "cuda", "triton", seed=case.height)
     print(f"{case}: {found}")
-    # The kernel's SiLUs of bf16 are allowed more than those of other dtypes, and lose less than they are allowed.
-    assert found.near_ties < found.values / (20 if case.dtype == torch.bfloat16 else 100)
-    assert found.different <= min(found.near_ties, found.values / 100)
+    # The SiLUs of bf16 are allowed so much that most values are near a tie of FP8. They lose less: a value off by a
+    # fifth of what rounding it to bf16 costs changes its code in one of two hundred cases.
+    limit = found.values / 200 if case.dtype == torch.bfloat16 else found.near_ties
+    assert found.different <= min(limit, found.near_ties)
+    assert case.dtype == torch.bfloat16 or found.near_ties < found.values / 100
 
 
 @pytest.mark.gpu

@@ -109,6 +109,19 @@ def opened(tmp_path: Path, device: str) -> tuple[inductor.InductorBackend, LoopE
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_an_engine_runs_after_all_others_were_dropped(tmp_path: Path, prompts: list[int], device: str) -> None:
+    """PyTorch takes the graphs' memory back with the last graph."""
+    backend, engine, inputs, outputs = opened(tmp_path, device)
+    del engine
+    found = []
+    for _ in range(3):
+        backend.load(tmp_path, *written_engine(tmp_path)).execute(inputs, outputs)
+        found.append(outputs["x0"].numpy())
+        backend.memory.release()
+    np.testing.assert_array_equal(found, found[:1] * 3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("noise", [False, True], ids=["multistep", "fresh-noise"])
 def test_a_whole_loop_equals_its_steps(tmp_path: Path, prompts: list[int], device: str, noise: bool) -> None:
     backend, engine, inputs, outputs = opened(tmp_path, device)

@@ -29,6 +29,7 @@ Impl = Literal["reference", "triton"]
 @library.custom_op("sana::mix_ffn_depthwise", mutates_args=())
 def _mix_ffn_depthwise(
     x: torch.Tensor,
+    x_bias: torch.Tensor | None,
     weight: torch.Tensor,
     bias: torch.Tensor,
     out_scale: torch.Tensor | None,
@@ -36,12 +37,13 @@ def _mix_ffn_depthwise(
     width: int,
     out_dtype: torch.dtype | None,
 ) -> torch.Tensor:
-    return mix_ffn_depthwise_reference(x, weight, bias, out_scale, height, width, out_dtype)
+    return mix_ffn_depthwise_reference(x, x_bias, weight, bias, out_scale, height, width, out_dtype)
 
 
 @_mix_ffn_depthwise.register_kernel("cuda")
 def _(
     x: torch.Tensor,
+    x_bias: torch.Tensor | None,
     weight: torch.Tensor,
     bias: torch.Tensor,
     out_scale: torch.Tensor | None,
@@ -50,12 +52,13 @@ def _(
     out_dtype: torch.dtype | None,
 ) -> torch.Tensor:
     forward = mix_ffn_depthwise_reference if TRITON_PROBLEM else triton_ops.mix_ffn_depthwise_triton
-    return forward(x, weight, bias, out_scale, height, width, out_dtype)
+    return forward(x, x_bias, weight, bias, out_scale, height, width, out_dtype)
 
 
 @_mix_ffn_depthwise.register_fake
 def _(
     x: torch.Tensor,
+    x_bias: torch.Tensor | None,
     weight: torch.Tensor,
     bias: torch.Tensor,
     out_scale: torch.Tensor | None,
@@ -76,17 +79,18 @@ def mix_ffn_depthwise(
     height: int,
     width: int,
     *,
+    x_bias: torch.Tensor | None = None,
     out_scale: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     impl: Impl | None = None,
 ) -> torch.Tensor:
-    """[value | gate] = depthwise 3x3 (padding 1, bias) of SiLU(x); value * SiLU(gate): x [B, N, 2F] -> [B, N, F].
+    """value * SiLU(gate), where [value | gate] = depthwise 3x3 (padding 1, bias) of SiLU(x + x_bias): [B, N, F].
 
-    x: output of `conv_inverted` before its SiLU, tokens row by row of a height x width image (in latent pixels,
-    N = height * width), float32, bfloat16 or float16. weight [2F, 1, 3, 3], bias [2F], any float dtype. The result is
-    a new tensor in the dtype of x, fp32 inside. With `out_dtype` float8_e4m3fn or int8 and `out_scale` (one float32
-    number on x's device, amax / 448 or amax / 127) it is saturate(round_half_even(result / out_scale)), without
-    gradient.
+    x [B, N, 2F]: output of `conv_inverted` before its SiLU, tokens row by row of a height x width image (in latent
+    pixels, N = height * width), float32, bfloat16 or float16. weight [2F, 1, 3, 3], bias [2F], any float dtype.
+    `x_bias` [2F], any float dtype: that of `conv_inverted` where x has none yet, added in fp32. The result is a new
+    tensor in the dtype of x, fp32 inside. With `out_dtype` float8_e4m3fn or int8 and `out_scale` (one float32 number on
+    x's device, amax / 448 or amax / 127) it is saturate(round_half_even(result / out_scale)), without gradient.
 
     Weights laid out by `tap_major` are read faster. `impl`: "reference" is eager PyTorch, "triton" the kernel; None
     takes the kernel for CUDA tensors where Triton is installed, the reference otherwise, and is one op to torch.export.
@@ -94,9 +98,9 @@ def mix_ffn_depthwise(
     Raises ValueError for shapes that do not fit each other, for a scale without 8-bit dtype or the other way round,
     and for tensors the chosen implementation cannot run; nothing falls back silently.
     """
-    _check(x, weight, bias, height, width, impl)
+    _check(x, x_bias, weight, bias, height, width, impl)
     check_quantization("mix_ffn_depthwise", out_scale, out_dtype)
-    arguments = (x, weight, bias, out_scale, height, width, out_dtype)
+    arguments = (x, x_bias, weight, bias, out_scale, height, width, out_dtype)
     if impl == "reference":
         return mix_ffn_depthwise_reference(*arguments)
     if impl == "triton":
@@ -115,7 +119,13 @@ def tap_major(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _check(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, height: int, width: int, impl: str | None
+    x: torch.Tensor,
+    x_bias: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    height: int,
+    width: int,
+    impl: str | None,
 ) -> None:
     if impl not in (None, "reference", "triton"):
         raise ValueError(f"mix_ffn_depthwise: impl must be 'reference', 'triton' or None, got {impl!r}")
@@ -129,3 +139,5 @@ def _check(
             f"mix_ffn_depthwise: weight must be [{channels}, 1, 3, 3] and bias [{channels}], as x has {channels} "
             f"channels, got {tuple(weight.shape)} and {tuple(bias.shape)}"
         )
+    if x_bias is not None and tuple(x_bias.shape) != (channels,):
+        raise ValueError(f"mix_ffn_depthwise: x_bias must be [{channels}], got {tuple(x_bias.shape)}")

@@ -9,15 +9,15 @@ from sana_kernels.mix_ffn_depthwise.reference import mix_ffn_depthwise_backward_
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     """Keep the inputs; the backward computes the forward again. A result in 8 bits has no gradient."""
-    x, weight, bias, _, ctx.height, ctx.width, out_dtype = inputs
+    x, x_bias, weight, bias, _, ctx.height, ctx.width, out_dtype = inputs
     if out_dtype is None:
-        ctx.save_for_backward(x, weight, bias)
+        ctx.save_for_backward(x, x_bias, weight, bias)
     else:
         ctx.mark_non_differentiable(output)
 
 
 def gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """One gradient per argument of the op."""
-    x, weight, bias = ctx.saved_tensors
-    found = mix_ffn_depthwise_backward_reference(grad, x, weight, bias, ctx.height, ctx.width)
+    x, x_bias, weight, bias = ctx.saved_tensors
+    found = mix_ffn_depthwise_backward_reference(grad, x, x_bias, weight, bias, ctx.height, ctx.width)
     return *found, None, None, None, None

@@ -8,6 +8,7 @@ from sana_kernels.mix_ffn_depthwise.quantization import narrow
 
 def mix_ffn_depthwise_reference(
     x: torch.Tensor,
+    x_bias: torch.Tensor | None,
     weight: torch.Tensor,
     bias: torch.Tensor,
     out_scale: torch.Tensor | None,
@@ -15,25 +16,33 @@ def mix_ffn_depthwise_reference(
     width: int,
     out_dtype: torch.dtype | None,
 ) -> torch.Tensor:
-    """value * SiLU(gate), where [value | gate] = depthwise 3x3 of SiLU(x), padding 1, with bias.
+    """value * SiLU(gate), where [value | gate] = depthwise 3x3 of SiLU(x + x_bias), padding 1, with bias.
 
-    x [B, N, 2F], tokens row by row of a height x width image, weight [2F, 1, 3, 3], bias [2F] -> [B, N, F] in the
-    dtype of x, or in `out_dtype`: saturate(round_half_even(y / out_scale)) of the fp32 result y.
+    x [B, N, 2F], tokens row by row of a height x width image, x_bias [2F], weight [2F, 1, 3, 3], bias [2F] ->
+    [B, N, F] in the dtype of x, or in `out_dtype`: saturate(round_half_even(y / out_scale)) of the fp32 result y.
     """
-    grid = _grid(F.silu(x.float()), height, width)
+    grid = _grid(F.silu(_biased(x, x_bias)), height, width)
     grid = F.conv2d(grid, weight.float(), bias.float(), padding=1, groups=grid.shape[1])
     value, gate = _tokens(grid).chunk(2, dim=-1)
     return narrow(value * F.silu(gate), out_scale, out_dtype or x.dtype).contiguous()
 
 
 def mix_ffn_depthwise_backward_reference(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, height: int, width: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, weight and bias given that of the result [B, N, F], in their dtypes, fp32 inside.
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    x_bias: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    height: int,
+    width: int,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """Gradients of x, x_bias (None without it), weight and bias given that of the result [B, N, F].
+
+    In their dtypes, fp32 inside.
 
     The forward is computed again. PyTorch's autograd of the forward gives the same.
     """
-    active, active_slope = _silu_and_slope(x.float())
+    active, active_slope = _silu_and_slope(_biased(x, x_bias))
     grid, wide_weight = _grid(active, height, width), weight.float()
     groups = grid.shape[1]
     convolved = F.conv2d(grid, wide_weight, bias.float(), padding=1, groups=groups)
@@ -46,7 +55,12 @@ def mix_ffn_depthwise_backward_reference(
         grad_grid, grid, wide_weight, [groups], ones, ones, ones, False, zeros, groups, [True, True, True]
     )
     grad_x = _tokens(grad_grid) * active_slope
-    return grad_x.to(x.dtype).contiguous(), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
+    grad_x_bias = None if x_bias is None else grad_x.sum((0, 1)).to(x_bias.dtype)
+    return grad_x.to(x.dtype).contiguous(), grad_x_bias, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
+
+
+def _biased(x: torch.Tensor, x_bias: torch.Tensor | None) -> torch.Tensor:
+    return x.float() if x_bias is None else x.float() + x_bias.float()
 
 
 def _grid(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -21,7 +21,7 @@ _ROUNDINGS = 40
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: x [batch, height * width, 2 * hidden]; `out_dtype` None or one of 8 bits."""
+    """One problem: x [batch, height * width, 2 * hidden]; `out_dtype` None or one of 8 bits; `biased`: with x_bias."""
 
     batch: int
     height: int
@@ -29,10 +29,12 @@ class Case:
     hidden: int
     dtype: torch.dtype = torch.bfloat16
     out_dtype: torch.dtype | None = None
+    biased: bool = False
 
     def __str__(self) -> str:
         out = "" if self.out_dtype is None else f"-{dtype_name(self.out_dtype)}"
-        return f"b{self.batch}-{self.height}x{self.width}-f{self.hidden}-{dtype_name(self.dtype)}{out}"
+        what = dtype_name(self.dtype) + "-biased" * self.biased
+        return f"b{self.batch}-{self.height}x{self.width}-f{self.hidden}-{what}{out}"
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Inputs:
     """Tensors of a case; `grad` is the gradient of the result."""
 
     x: torch.Tensor
+    x_bias: torch.Tensor | None
     weight: torch.Tensor
     bias: torch.Tensor
     grad: torch.Tensor
@@ -56,15 +59,28 @@ def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
     x = 2 * normal(case.batch, tokens, channels)
     weight = tap_major(normal(channels, 1, 3, 3) / 3)
     bias, grad = normal(channels), normal(case.batch, tokens, case.hidden)
-    return Inputs(*(t.to(case.dtype) for t in (x, weight, bias, grad)))
+    x_bias = normal(channels).to(case.dtype) if case.biased else None
+    x, weight, bias, grad = (t.to(case.dtype) for t in (x, weight, bias, grad))
+    return Inputs(x, x_bias, weight, bias, grad)
 
 
 def oracle(inputs: Inputs, height: int, width: int) -> dict[str, torch.Tensor]:
     """The result and every gradient in fp64, by autograd. Written apart from the reference on purpose."""
-    x, weight, bias = (t.double().requires_grad_() for t in (inputs.x, inputs.weight, inputs.bias))
-    out = _exact(x, weight, bias, height, width)
-    grads = torch.autograd.grad(out, (x, weight, bias), inputs.grad.double())
-    return {"out": out.detach(), **dict(zip(("grad_x", "grad_weight", "grad_bias"), grads, strict=True))}
+    leaves = {name: t.double().requires_grad_() for name, t in _tensors(inputs).items()}
+    t = leaves["x"] + leaves["x_bias"] if "x_bias" in leaves else leaves["x"]
+    out = _exact(t, leaves["weight"], leaves["bias"], height, width)
+    return {"out": out.detach(), **_gradients(out, leaves, inputs.grad.double())}
+
+
+def _tensors(inputs: Inputs) -> dict[str, torch.Tensor]:
+    """What has a gradient, by name."""
+    named = {"x": inputs.x, "x_bias": inputs.x_bias, "weight": inputs.weight, "bias": inputs.bias}
+    return {name: t for name, t in named.items() if t is not None}
+
+
+def _gradients(out: torch.Tensor, leaves: Mapping[str, torch.Tensor], grad: torch.Tensor) -> dict[str, torch.Tensor]:
+    grads = torch.autograd.grad(out, [*leaves.values()], grad)
+    return {f"grad_{name}": t for name, t in zip(leaves, grads, strict=True)}
 
 
 def _exact(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -88,19 +104,19 @@ def verify(case: Case, device: str, impl: Impl | None, *, seed: int = 0) -> list
     """Compare the result and the gradients of `impl` with the oracle on fresh inputs. Raises AssertionError."""
     inputs = make_inputs(case, device, seed)
     sizes = (case.height, case.width)
-    tensors = (inputs.x, inputs.weight, inputs.bias)
+    tensors = (inputs.x, inputs.x_bias, inputs.weight, inputs.bias)
+    grads = mix_ffn_depthwise_backward_reference(inputs.grad, *tensors, *sizes)
+    named = dict(zip(("grad_x", "grad_x_bias", "grad_weight", "grad_bias"), grads, strict=True))
     reference = {
         "out": mix_ffn_depthwise_reference(*tensors, None, *sizes, None),
-        **_named(mix_ffn_depthwise_backward_reference(inputs.grad, *tensors, *sizes)),
+        **{name: t for name, t in named.items() if t is not None},
     }
-    x, weight, bias = (t.detach().requires_grad_() for t in tensors)
-    out = mix_ffn_depthwise(x, weight, bias, *sizes, impl=impl)
-    candidate = {"out": out.detach(), **_named(torch.autograd.grad(out, (x, weight, bias), inputs.grad))}
+    leaves = {name: t.detach().requires_grad_() for name, t in _tensors(inputs).items()}
+    out = mix_ffn_depthwise(
+        leaves["x"], leaves["weight"], leaves["bias"], *sizes, x_bias=leaves.get("x_bias"), impl=impl
+    )
+    candidate = {"out": out.detach(), **_gradients(out, leaves, inputs.grad)}
     return compare(candidate, reference, oracle(inputs, *sizes))
-
-
-def _named(grads: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
-    return dict(zip(("grad_x", "grad_weight", "grad_bias"), grads, strict=True))
 
 
 def verify_codes(case: Case, device: str, impl: Impl | None, *, seed: int = 0) -> CodeFinding:
@@ -111,15 +127,29 @@ def verify_codes(case: Case, device: str, impl: Impl | None, *, seed: int = 0) -
     """
     assert case.out_dtype is not None
     inputs = make_inputs(case, device, seed)
-    tensors, sizes = (inputs.x, inputs.weight, inputs.bias), (case.height, case.width)
-    x, weight, bias = (t.double() for t in tensors)
+    sizes = (case.height, case.width)
+    x, weight, bias = (t.double() for t in (inputs.x, inputs.weight, inputs.bias))
+    if inputs.x_bias is not None:
+        x = x + inputs.x_bias.double()
     exact = _exact(x, weight, bias, *sizes)
     error = _fp32_error(x, weight, bias, *sizes)
+    if case.biased:  # the rounding of x + x_bias, through a SiLU of slope 1.1 at most
+        error += _size_error(1.1 * 2.0**-24, x, weight, bias, *sizes)
     if case.dtype == torch.bfloat16 and (impl == "triton" or (impl is None and device == "cuda")):
         error += _rough_error(x, weight, bias, *sizes)
     # The largest results saturate.
     scale = (exact.abs().amax() / (QUANTIZED_DTYPES[case.out_dtype][1] * 1.5)).float()
-    codes = mix_ffn_depthwise(*tensors, *sizes, out_scale=scale, out_dtype=case.out_dtype, impl=impl)
+    codes = mix_ffn_depthwise(
+        inputs.x,
+        inputs.weight,
+        inputs.bias,
+        *sizes,
+        x_bias=inputs.x_bias,
+        out_scale=scale,
+        out_dtype=case.out_dtype,
+        impl=impl,
+    )
+    tensors = (inputs.x, inputs.x_bias, inputs.weight, inputs.bias)
     reference = mix_ffn_depthwise_reference(*tensors, scale, *sizes, case.out_dtype)
     return compare_codes(codes, reference, exact, error, scale)
 
@@ -135,8 +165,17 @@ def _fp32_error(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, heigh
 def _rough_error(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """What the SiLUs of the kernel for bf16 may lose beside that, each up to 2^-12 of the size of its argument."""
     value, gate = _convolve(F.silu(x), weight, bias, height, width)
+    own = 2.0**-12 * value.abs() * gate.abs()
+    return own + _size_error(2.0**-12, x, weight, bias, height, width)
+
+
+def _size_error(
+    share: float, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, height: int, width: int
+) -> torch.Tensor:
+    """What the result may lose when every SiLU(x) is off by `share` of |x|."""
+    value, gate = _convolve(F.silu(x), weight, bias, height, width)
     value_reach, gate_reach = _convolve(x.abs(), weight.abs(), 0 * bias, height, width)
-    return 2.0**-12 * (value_reach * F.silu(gate).abs() + value.abs() * (1.1 * gate_reach + gate.abs()))
+    return share * (value_reach * F.silu(gate).abs() + 1.1 * value.abs() * gate_reach)
 
 
 def compile_ahead(

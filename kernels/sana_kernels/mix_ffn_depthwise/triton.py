@@ -144,8 +144,13 @@ def silu(x):
 
 @triton.jit
 def _rough_silu(x):
-    """SiLU of an fp32 vector off by 2^-12 |x| at most: x/2 + x/2 tanh(x/2), with one slow instruction."""
-    half = 0.5 * x
+    """SiLU of an fp32 vector off by 2^-12 |x| at most."""
+    return _rough_silu_of_twice(0.5 * x)
+
+
+@triton.jit
+def _rough_silu_of_twice(half):
+    """SiLU of x = 2 half, as half + half tanh(half), with one slow instruction."""
     if INTERPRETED:
         tanh = 2.0 / (1.0 + tl.exp2(half * -2.8853900817779268)) - 1.0
     else:
@@ -163,13 +168,35 @@ def _silu_pixel(pixel, ROUGH: tl.constexpr):
 
 
 @triton.jit
-def _read_column(ptrs, masks, present, HIDDEN: tl.constexpr, ROWS: tl.constexpr):
-    """Value and gate of ROWS + 2 pixels of one column: ((value, gate), ...), zero outside the image."""
+def _silu_biased_pixel(pixel, biases, ROUGH: tl.constexpr):
+    """SiLU of (value, gate) + `biases`; zero where `_outside` says that the pixel is none. ROUGH: half the biases."""
+    value, gate = pixel[0].to(tl.float32), pixel[1].to(tl.float32)
+    if ROUGH:
+        first = _rough_silu_of_twice(tl.fma(value, 0.5, biases[0]))
+        second = _rough_silu_of_twice(tl.fma(gate, 0.5, biases[1]))
+    else:
+        first, second = _silu_pair(value + biases[0], gate + biases[1])
+        first = tl.where(value == -float("inf"), 0.0, first)
+        second = tl.where(gate == -float("inf"), 0.0, second)
+    return first, second
+
+
+@triton.constexpr_function
+def _outside(biased: bool, rough: bool) -> float:
+    """What stands for a pixel outside the image: its SiLU is zero. With a bias too: far below zero tanh is -1."""
+    if not biased:
+        return 0.0
+    return -1e30 if rough else -float("inf")
+
+
+@triton.jit
+def _read_column(ptrs, masks, present, HIDDEN: tl.constexpr, ROWS: tl.constexpr, OUTSIDE: tl.constexpr):
+    """Value and gate of ROWS + 2 pixels of one column: ((value, gate), ...), OUTSIDE the image as said."""
     pixels = ()
     for i in tl.static_range(ROWS + 2):
         mask = (masks[i] & present) != 0  # the interpreter makes a bool of it only here
-        value = tl.load(ptrs[i], mask=mask, other=0.0)
-        pixels += ((value, tl.load(ptrs[i] + HIDDEN, mask=mask, other=0.0)),)
+        value = tl.load(ptrs[i], mask=mask, other=OUTSIDE)
+        pixels += ((value, tl.load(ptrs[i] + HIDDEN, mask=mask, other=OUTSIDE)),)
     return pixels
 
 
@@ -221,6 +248,7 @@ def _add_column(pending, pixels, weights, HALF: tl.constexpr, ROWS: tl.constexpr
 @triton.jit
 def mix_ffn_depthwise_kernel(
     x_ptr,
+    x_bias_ptr,
     weight_ptr,
     bias_ptr,
     scale_ptr,
@@ -230,6 +258,7 @@ def mix_ffn_depthwise_kernel(
     columns,
     weight_channel_stride,
     weight_tap_stride,
+    BIASED: tl.constexpr,
     HIDDEN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -237,6 +266,7 @@ def mix_ffn_depthwise_kernel(
     """Program (channel block, strip of rows and run of columns, batch). ROWS is even."""
     # Rounding to bf16 has moved x by up to 2^-9 |x| already.
     ROUGH: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
+    OUTSIDE: tl.constexpr = _outside(BIASED, ROUGH)
     runs = tl.cdiv(width, columns)
     first_row = (tl.program_id(1) // runs) * ROWS
     first = (tl.program_id(1) % runs) * columns
@@ -251,6 +281,11 @@ def mix_ffn_depthwise_kernel(
     gate_weights = _read_weights(
         weight_ptr, bias_ptr, HIDDEN + channel, inside, weight_channel_stride, weight_tap_stride
     )
+    x_biases = ()
+    if BIASED:
+        for half in tl.static_range(2):
+            x_bias = tl.load(x_bias_ptr + half * HIDDEN + channel, mask=inside, other=0.0).to(tl.float32)
+            x_biases += (0.5 * x_bias if ROUGH else x_bias,)
     values = ()
     gates = ()
     out_ptrs = ()
@@ -268,14 +303,17 @@ def mix_ffn_depthwise_kernel(
         token = image + row * width + first - 1
         ptrs += (x_ptr + token * (2 * HIDDEN) + channel,)
         masks += (inside & ((row >= 0) & (row < height)),)
-    ahead = _read_column(ptrs, masks, first > 0, HIDDEN, ROWS)
+    ahead = _read_column(ptrs, masks, first > 0, HIDDEN, ROWS, OUTSIDE)
     for column in range(first - 1, stop + 1):
         pixels = ()
         for i in tl.static_range(ROWS + 2):
-            pixels += (_silu_pixel(ahead[i], ROUGH),)
+            if BIASED:
+                pixels += (_silu_biased_pixel(ahead[i], x_biases, ROUGH),)
+            else:
+                pixels += (_silu_pixel(ahead[i], ROUGH),)
         # The next column is on its way while this one is worked on.
         ptrs = _advance(ptrs, 2 * HIDDEN, ROWS + 2)
-        ahead = _read_column(ptrs, masks, column + 1 < tl.minimum(stop + 1, width), HIDDEN, ROWS)
+        ahead = _read_column(ptrs, masks, column + 1 < tl.minimum(stop + 1, width), HIDDEN, ROWS, OUTSIDE)
         value, values = _add_column(values, pixels, value_weights, 0, ROWS)
         gate, gates = _add_column(gates, pixels, gate_weights, 1, ROWS)
         # What is finished is the column before, and nothing in the first two steps.
@@ -331,6 +369,7 @@ def check_support(op: str, x: torch.Tensor, out_dtype: torch.dtype | None) -> No
 
 def forward(
     x: torch.Tensor,
+    x_bias: torch.Tensor | None,
     weight: torch.Tensor,
     bias: torch.Tensor,
     out_scale: torch.Tensor | None,
@@ -341,6 +380,7 @@ def forward(
     """The Triton forward: x [B, N, 2F] -> a new tensor [B, N, F]. Arguments as in `api`."""
     check_support("mix_ffn_depthwise", x, out_dtype)
     x, bias = x.contiguous(), bias.contiguous()
+    x_bias = None if x_bias is None else x_bias.contiguous()
     batch, tokens, channels = x.shape
     out = x.new_empty(batch, tokens, channels // 2, dtype=out_dtype or x.dtype)
     if out.numel() == 0:
@@ -353,6 +393,7 @@ def forward(
     grid = (blocks, -(-height // TILING.rows) * -(-width // columns), batch)
     launcher(mix_ffn_depthwise_kernel)[grid](
         x,
+        bias if x_bias is None else x_bias,  # never read when there is none
         weight,
         bias,
         bias if out_scale is None else out_scale,  # never read when nothing is quantised
@@ -362,6 +403,7 @@ def forward(
         columns,
         weight.stride(0),
         weight.stride(3),
+        BIASED=x_bias is not None,
         HIDDEN=channels // 2,
         ROWS=TILING.rows,
         BLOCK_C=TILING.block_channels,
