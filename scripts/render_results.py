@@ -88,7 +88,8 @@ def end_to_end(rows: Sequence[RowDict]) -> list[str]:
         lines += [
             f"{device}{limit}{driver}; {versions}; commit {commits}. Random weights of the real sizes, milliseconds, "
             "medians. Engines: `step` is the denoising loop over its steps; single calls are timed on the host's clock "
-            "until the device is done. Peers are diffusers with the same weights: one module call, CUDA events. "
+            "until the device is done. Peers are diffusers with the same weights: one module call, CUDA events; "
+            "their step attends to all 300 positions of the caption, as diffusers does, the engines' to the prompt's. "
             "*of best peer* divides by the fastest peer's same stage; † marks peers of another run. *floor* is the "
             "least time for the stage's arithmetic and weights at rates measured in the same run, *gap* the measured "
             "time over it. Memory is what the whole process added to the GPU.",

@@ -133,8 +133,8 @@ class InductorBackend(Backend):
     memory: TorchMemory
 
     def __init__(self, device: str) -> None:
-        # Without room for its counters cuBLASLt takes kernels that need none, nor a memset before each of them: 2.5 us
-        # per product on an H200. PyTorch reads this when it makes its first product.
+        # Without room for its counters cuBLASLt takes kernels that need none, nor a memset before each of them. PyTorch
+        # reads this when it makes its first product.
         os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "0")
         self.memory = TorchMemory(device)
         torch = self.memory.torch

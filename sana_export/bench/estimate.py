@@ -3,8 +3,8 @@
 An operation needs at least max(FLOP / rate, bytes / bandwidth) at a GPU's published peak rates. A kernel class c takes
 s_c >= 1 times that (1 / s_c is its efficiency), and every operation a fixed gap: a stage takes
 sum_c s_c x_c + g n, where x_c is the sum of its operations' bounds and n their number. The s_c and g are fitted to the
-stages measured on one GPU, minimising relative errors, and used unchanged for another. That they carry over is the
-assumption: what comes out is an estimate, and is called one everywhere it is shown.
+measured stages, each with the bounds of its GPU, minimising relative errors, and used unchanged for another GPU. That
+they carry over is the assumption: what comes out is an estimate, and is called one everywhere it is shown.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,12 +34,15 @@ Factors = tuple[float, ...]
 
 
 class Gpu(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Published peak rates of one GPU, and where they are published."""
+    """Published peak rates of one GPU, and where they are published. `device`: in the name its driver gives it; only
+    where rows are measured on one.
+    """
 
     name: str
     tflop_per_s: dict[str, float]
     gb_per_s: float
     source: str
+    device: str | None = None
 
 
 def published_gpus() -> dict[str, Gpu]:
@@ -164,20 +167,22 @@ def _fitted(samples: Sequence[Sample]) -> Factors:
     return tuple(float(value) for value in lower + best)
 
 
-def samples_of(rows: Sequence[Row], target: str, device_name: str, gpu: Gpu) -> list[Sample]:
-    """The measured stages of our engines on a GPU whose name contains `device_name`."""
+def samples_of(rows: Sequence[Row], target: str) -> list[Sample]:
+    """The measured stages of our engines on GPUs whose rates are known."""
     found, works = [], {}
+    gpus = {gpu.device: gpu for gpu in published_gpus().values() if gpu.device}
     for row in rows:
         if row.subject != f"{OURS} {target}" or row.stage not in FITTED_STAGES or row.p50_ms is None:
             continue
-        if device_name not in row.device:
+        gpu = next((gpu for device, gpu in gpus.items() if device in row.device), None)
+        if gpu is None:
             continue
         case = Case(row.model, row.precision, row.height, row.width, row.num_steps)
         if case not in works:
             works[case] = work_of(case)
         stage = works[case].stage(row.stage)
         assert stage is not None
-        label = f"{row.model} {row.precision} {row.width} px {row.stage}"
+        label = f"{gpu.device} {row.model} {row.precision} {row.width} px {row.stage}"
         found.append(Sample(label, bounds(stage, gpu), row.p50_ms))
     return found
 

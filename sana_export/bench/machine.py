@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _PACKAGES = ("torch", "triton", "diffusers", "transformers", "onnxruntime-gpu", "onnxruntime", "torch-tensorrt")
+# CUDA's device 0, which is what is measured: the first that this process may see. nvidia-smi sees all.
+_FIRST_GPU = f"--id={os.environ.get('CUDA_VISIBLE_DEVICES', '').partition(',')[0].strip() or 0}"
 _SMI_SECONDS = 20
 _WRITTEN_BY_US = ("benchmarks/results", "README.md", "docs/images")
 
@@ -38,14 +40,14 @@ def describe_machine(device: str, commit: str = "") -> Machine:
 
 
 def used_memory_mib() -> float:
-    """Memory in use on GPU 0 before a measurement, in MiB; 0 where nvidia-smi does not tell."""
-    line = _first_line(["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"])
+    """Memory in use on the GPU before a measurement, in MiB; 0 where nvidia-smi does not tell."""
+    line = _first_line(["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", _FIRST_GPU])
     return float(line) if line.replace(".", "", 1).isdigit() else 0.0
 
 
 def _gpu() -> tuple[str, str, str]:
     query = "--query-gpu=name,driver_version,power.limit"
-    fields = _first_line(["nvidia-smi", query, "--format=csv,noheader", "--id=0"]).split(", ")
+    fields = _first_line(["nvidia-smi", query, "--format=csv,noheader", _FIRST_GPU]).split(", ")
     name, driver, limit, *_ = (*fields, "", "", "")
     return name or "unknown GPU", driver, limit
 

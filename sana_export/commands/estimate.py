@@ -7,14 +7,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-_MEASURED_ON = "h100"
-
 
 def run(
     gpu: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="GPU", help="h100, rtx-4090-laptop, rtx-5090, orin or thor; may be repeated. Default: all."
+            metavar="GPU", help="h100, h200, rtx-4090-laptop, rtx-5090, orin or thor; may be repeated. Default: all."
         ),
     ] = None,
     model: Annotated[
@@ -31,7 +29,7 @@ def run(
         Path | None, typer.Option(metavar="FILE", help="Measured rows. Default: the repository's, where there is one.")
     ] = None,
 ) -> None:
-    """Estimate each stage's time on GPUs that are not here, from their published rates and H100 measurements.
+    """Estimate each stage's time on GPUs that are not here, from their published rates and measured rows.
 
     A roofline over every operation, with efficiencies fitted to measured stages. These are estimates: nothing was run
     on the GPUs named.
@@ -43,7 +41,7 @@ def run(
     console = Console(highlight=False)
     known = estimation.published_gpus()
     measured = read_rows(rows or estimation.ROWS)
-    fitted = estimation.fit(estimation.samples_of(measured, target, "H100", known[_MEASURED_ON]))
+    fitted = estimation.fit(estimation.samples_of(measured, target))
     table = Table("GPU", "precision", "text encoder", "step", "decoder", f"picture, {num_steps} steps")
     shown = "ESTIMATED" if fitted.samples else "LOWER BOUNDS"
     table.title = f"{model}, {resolution} x {resolution}: milliseconds, {shown}"

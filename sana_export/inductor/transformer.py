@@ -32,8 +32,8 @@ _SHIFT_A, _SCALE_A, _GATE_A, _SHIFT_M, _SCALE_M, _GATE_M = range(6)
 SCALE_ROWS = (_SCALE_A, _SCALE_M)
 ATTENTION_ROWS, FFN_ROWS = (_SHIFT_A, _SCALE_A), (_SHIFT_M, _SCALE_M)
 
-# A block's linear layers, and whether the product adds a bias. That of conv_inverted is added behind it, where the
-# depthwise convolution reads: the library's FP8 product is 5.6 us slower with one (0.6B, 1024 px, H200).
+# A block's linear layers, and whether the product adds a bias. That of conv_inverted is added where the depthwise
+# convolution reads: there it is nearly free, and the library's product is slower with one.
 BLOCK_LINEARS = {
     "linear_attention.qkv": False,
     "linear_attention.to_out": True,
