@@ -55,18 +55,35 @@ class LinearForm:
         return None if self.codes_wanted is None else tensors[f"{name}.activation_scale"]
 
 
-def linear(x: torch.Tensor, tensors: Tensors, name: str, form: LinearForm, dtype: torch.dtype) -> torch.Tensor:
-    """x [..., I], in the base dtype or already as codes -> [..., O] in `dtype`."""
+def linear(
+    x: torch.Tensor, tensors: Tensors, name: str, form: LinearForm, dtype: torch.dtype, *, own_int8: bool = False
+) -> torch.Tensor:
+    """x [..., I], in the base dtype or already as codes -> [..., O] in `dtype`.
+
+    `own_int8`: INT8 products by our kernel, which scales the sums where they are; the library writes 32-bit integers
+    for another pass to scale.
+    """
     weight = tensors[f"{name}.weight"]
     bias = tensors[f"{name}.bias"] if form.bias else None
     if form.activation_dtype is None:
         if form.weight_dtype is None:
             return F.linear(x, weight, bias)
         return _scaled(x @ weight.to(dtype).t(), tensors[f"{name}.weight_scale"], bias, dtype)
-    codes = (x if x.dtype == form.activation_dtype else _codes(x, tensors, name, form)).flatten(0, -2)
+    codes = x if x.dtype == form.activation_dtype else _codes(x, tensors, name, form)
     scales = tensors[f"{name}.activation_scale"], tensors[f"{name}.weight_scale"]
+    if own_int8 and form.activation_dtype == INT8:
+        activation_scale, weight_scale = scales
+        return scaled_linear(
+            codes,
+            weight,
+            dtype=dtype,
+            activation_scale=activation_scale,
+            weight_scale=weight_scale,
+            bias=bias,
+            impl="triton",
+        )
     product = _fp8_product if form.activation_dtype == FP8 else _int8_product
-    return product(codes, weight, *scales, bias, dtype).unflatten(0, x.shape[:-1])
+    return product(codes.flatten(0, -2), weight, *scales, bias, dtype).unflatten(0, x.shape[:-1])
 
 
 def residual_linear(

@@ -58,8 +58,8 @@ class TransformerLayout:
     """What the pieces are made for. `height`, `width` of the latent; `batch` 2 with classifier-free guidance, else 1;
     `impl` of our kernels; `kv_weight_dtype` of the stacked key and value weights; `smooth_tables`: the tables carry
     the smooth factors of the layers behind the norms. `sigma_data` is TrigFlow's. `fused_products`: of which layers
-    our kernel computes the product where the residual follows it ("quantised": those of 8-bit weights and activations);
-    the others are the library's, with a pass behind.
+    our kernel computes the product where the residual follows it ("quantised": those of 8-bit weights and activations),
+    and unless it is "none", all INT8 products; the others are the library's, with a pass behind.
     """
 
     config: TransformerConfig
@@ -77,6 +77,11 @@ class TransformerLayout:
     def tokens(self) -> int:
         """Number of latent positions."""
         return self.height * self.width
+
+    @property
+    def own_int8(self) -> bool:
+        """Whether our kernel computes INT8 products."""
+        return self.impl == "triton" and self.fused_products != "none"
 
     def fuses(self, form: LinearForm) -> bool:
         """Whether our kernel computes a layer of this form together with the residual behind it.
@@ -170,7 +175,7 @@ def block_piece(layout: TransformerLayout, forms: BlockForms, name: str = "block
 
     def block(t: Tensors) -> tuple[torch.Tensor, ...]:
         def product(layer: str, x: torch.Tensor) -> torch.Tensor:
-            return linear(x, t, layer, forms[layer], dtype)
+            return linear(x, t, layer, forms[layer], dtype, own_int8=layout.own_int8)
 
         def output(layer: str) -> dict[str, object]:
             form = forms[layer]
