@@ -1,6 +1,7 @@
 """The arithmetic of quantisation: what ONNX QuantizeLinear and DequantizeLinear compute, and weights in 8 or 4 bits.
 
-Symmetric throughout: no zero points. scale = amax / bound, quantised = saturate(round_half_even(x / scale)).
+Symmetric throughout: no zero points. scale = amax / bound, quantised = saturate(round_half_even(x / scale)). INT4
+weights take the scale that suits a group best (`_quantized_groups`).
 """
 
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ BOUNDS: dict[str, tuple[float, float, float]] = {
     "int8": (127.0, -128.0, 127.0),
     "int4": (7.0, -8.0, 7.0),
 }
+# Of amax / bound. With 15 steps a group's largest weight is better cut off than all others rounded that coarsely.
+_INT4_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8)
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,16 @@ def quantize_weight(
     """Quantise a weight [O, I] or [O, I, kh, kw] as the rule says.
 
     `smooth_factor` [I] multiplies the columns first. The scale is rounded to `scale_dtype` before it is used, so that a
-    graph whose scales have that dtype dequantises with exactly the scale that was quantised with.
+    graph whose scales have that dtype dequantises with exactly the scale that was quantised with (INT4 codes are chosen
+    for the scale before its last correction).
     """
     wide = weight.detach().float()
     if smooth_factor is not None:
         factor = torch.from_numpy(np.asarray(smooth_factor, np.float32)).to(wide.device)
         wide = wide * factor.view(1, -1, *[1] * (wide.ndim - 2))
     scale = _weight_scale(wide, rule, scale_dtype)
+    if rule.weight_dtype == "int4":
+        return _quantized_groups(wide, scale, scale_dtype)
     return QuantizedWeight(quantize(wide, _spread(scale, wide), rule.weight_dtype), scale)
 
 
@@ -81,6 +87,7 @@ def quantize(x: torch.Tensor, scale: torch.Tensor, dtype: StoredDtype) -> torch.
 
 
 def _weight_scale(weight: torch.Tensor, rule: LayerRule, scale_dtype: torch.dtype) -> torch.Tensor:
+    """amax / bound in the granularity's shape."""
     amax = _weight_amax(weight, rule)
     if not torch.isfinite(amax).all():
         raise InputError(
@@ -89,9 +96,31 @@ def _weight_scale(weight: torch.Tensor, rule: LayerRule, scale_dtype: torch.dtyp
             expected="finite weights",
             action="use an undamaged checkpoint",
         )
-    smallest = torch.finfo(scale_dtype).tiny
-    scale = (amax / BOUNDS[rule.weight_dtype][0]).clamp(min=smallest).to(scale_dtype).float()
+    scale = _rounded_scale(amax / BOUNDS[rule.weight_dtype][0], scale_dtype)
     return torch.where(amax == 0, torch.ones_like(scale), scale)
+
+
+def _rounded_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return scale.clamp(min=torch.finfo(dtype).tiny).to(dtype).float()
+
+
+def _quantized_groups(weight: torch.Tensor, whole: torch.Tensor, scale_dtype: torch.dtype) -> QuantizedWeight:
+    """[O, I] in int4 by the share of `whole`, amax / bound [O, groups], with the least squared error in each group."""
+    groups = weight.unflatten(1, (whole.shape[1], -1))  # [O, groups, size]
+    values = torch.zeros_like(groups, dtype=torch.int8)
+    scale, least = whole, torch.full_like(whole, torch.inf)
+    for share in _INT4_SHARES:
+        step = whole * share
+        tried = quantize(groups, step[..., None], "int4")
+        error = (tried * step[..., None] - groups).square().sum(2)
+        better = error < least
+        values = torch.where(better[..., None], tried, values)
+        scale, least = torch.where(better, step, scale), torch.where(better, error, least)
+    # What is cut off makes weights smaller on the whole, and a layer's results with them. With this scale they keep
+    # their size, at next to no cost in error.
+    overlap = (values * groups).sum(2)
+    gained = torch.where(overlap > 0, groups.square().sum(2) / overlap, scale)
+    return QuantizedWeight(values.flatten(1), _rounded_scale(gained, scale_dtype))
 
 
 def _weight_amax(weight: torch.Tensor, rule: LayerRule) -> torch.Tensor:
