@@ -106,21 +106,22 @@ def _rounded_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _quantized_groups(weight: torch.Tensor, whole: torch.Tensor, scale_dtype: torch.dtype) -> QuantizedWeight:
     """[O, I] in int4 by the share of `whole`, amax / bound [O, groups], with the least squared error in each group."""
-    groups = weight.unflatten(1, (whole.shape[1], -1))  # [O, groups, size]
+    # [O, groups, size]; sums in fp64, so that the order in which a tensor lies in memory tells in no result.
+    groups = weight.contiguous().unflatten(1, (whole.shape[1], -1))
     values = torch.zeros_like(groups, dtype=torch.int8)
-    scale, least = whole, torch.full_like(whole, torch.inf)
+    scale, least = whole, torch.full_like(whole, torch.inf, dtype=torch.float64)
     for share in _INT4_SHARES:
         step = whole * share
         tried = quantize(groups, step[..., None], "int4")
-        error = (tried * step[..., None] - groups).square().sum(2)
+        error = (tried * step[..., None] - groups).square().sum(2, dtype=torch.float64)
         better = error < least
         values = torch.where(better[..., None], tried, values)
         scale, least = torch.where(better, step, scale), torch.where(better, error, least)
     # What is cut off makes weights smaller on the whole, and a layer's results with them. With this scale they keep
     # their size, at next to no cost in error.
-    overlap = (values * groups).sum(2)
-    gained = torch.where(overlap > 0, groups.square().sum(2) / overlap, scale)
-    return QuantizedWeight(values.flatten(1), _rounded_scale(gained, scale_dtype))
+    overlap = (values * groups).sum(2, dtype=torch.float64)
+    gained = torch.where(overlap > 0, groups.square().sum(2, dtype=torch.float64) / overlap, scale)
+    return QuantizedWeight(values.flatten(1), _rounded_scale(gained.float(), scale_dtype))
 
 
 def _weight_amax(weight: torch.Tensor, rule: LayerRule) -> torch.Tensor:
