@@ -14,7 +14,6 @@ import csv
 import dataclasses
 import json
 import math
-import os
 import sys
 import tempfile
 import time
@@ -44,7 +43,7 @@ from sana_kernels.cross_attention.testing import make_inputs as cross_inputs
 from sana_kernels.linear_attention import linear_attention
 from sana_kernels.mix_ffn_depthwise import mix_ffn_depthwise
 from sana_kernels.modulated_norm import residual_modulated_norm
-from sana_runtime.inductor_engine import load_piece
+from sana_runtime.inductor_engine import load_piece, prefer_no_library_workspace
 from sana_runtime.inductor_program import run_calls
 
 Values = dict[str, torch.Tensor]
@@ -869,7 +868,7 @@ def text_encoder_weights(
 
 def main() -> int:
     """Run the sections asked for."""
-    os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "0")  # as the engines run
+    prefer_no_library_workspace()  # as the engines run
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sections = ("ceilings", "operators", "aoti", "steps", "decoder", "encoder")
     parser.add_argument("--sections", nargs="+", default=list(sections), choices=sections)

@@ -77,6 +77,13 @@ def inductor_problem(device: str, torch_version: str) -> str | None:
     return None if here == device else f"compiled for {device}, this is {here}"
 
 
+def prefer_no_library_workspace() -> None:
+    """Unless the user has chosen a size: without room for its counters cuBLASLt takes kernels that need none, nor a
+    memset before each of them. PyTorch reads the variable when the process makes its first product.
+    """
+    os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "0")
+
+
 class TorchMemory(DeviceMemory):
     """Tensors of PyTorch on one device, on its current stream."""
 
@@ -133,9 +140,7 @@ class InductorBackend(Backend):
     memory: TorchMemory
 
     def __init__(self, device: str) -> None:
-        # Without room for its counters cuBLASLt takes kernels that need none, nor a memset before each of them. PyTorch
-        # reads this when it makes its first product.
-        os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "0")
+        prefer_no_library_workspace()
         self.memory = TorchMemory(device)
         torch = self.memory.torch
         name = torch.cuda.get_device_name(0) if device == "cuda" else platform.machine()

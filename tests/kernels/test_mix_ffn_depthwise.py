@@ -280,11 +280,13 @@ def test_triton_matches_the_oracle(case: Case) -> None:
 def test_codes_are_the_references_but_beside_ties(case: Case) -> None:
     found = verify_codes(case, "cuda", "triton", seed=case.height)
     print(f"{case}: {found}")
-    # The SiLUs of bf16 are allowed so much that most values are near a tie of FP8. They lose less: a value off by a
-    # fifth of what rounding it to bf16 costs changes its code in one of two hundred cases.
-    limit = found.values / 200 if case.dtype == torch.bfloat16 else found.near_ties
-    assert found.different <= min(limit, found.near_ties)
-    assert case.dtype == torch.bfloat16 or found.near_ties < found.values / 100
+    # The SiLUs of bf16 are allowed so much that one value in five may be near a tie of FP8. They lose less: a value off
+    # by a fifth of what rounding it to bf16 costs changes its code in one of two hundred cases at most.
+    rough = case.dtype == torch.bfloat16
+    assert found.different <= found.near_ties
+    assert not rough or found.different <= found.values / 200
+    if not (rough and case.out_dtype == torch.float8_e4m3fn):
+        assert found.near_ties < found.values / (20 if rough else 100)
 
 
 @pytest.mark.gpu
