@@ -785,14 +785,15 @@ def text_encoder(session: Session, size: str) -> None:
     table = catalogue()
     config = {**table["text_encoder_common"], **table["text_encoders"]["tiny" if size == "tiny" else "gemma-2-2b"]}
     for precision in ("bf16", "int8"):
-        for variant in ("library", "autotuned"):
+        for variant in session.arguments.variants if precision in session.arguments.precisions else ():
             with session.part(f"text encoder {precision} {variant}"):
                 one_text_encoder(session, config, precision, variant)
 
 
 def one_text_encoder(session: Session, config: Mapping[str, Any], precision: str, variant: str) -> None:
     codes = INT8 if precision == "int8" else None
-    layout = gemma.TextEncoderLayout.from_upstream(config, PROMPT_TOKENS, torch.bfloat16, codes)
+    impl: Any = "triton" if session.on_gpu else "reference"
+    layout = gemma.TextEncoderLayout.from_upstream(config, PROMPT_TOKENS, torch.bfloat16, codes, impl)
     forms = {name: LinearForm(False, codes) for name in gemma.LAYER_LINEARS}
     pieces, layers = gemma.text_encoder_pieces(layout, (forms,) * layout.layers)
     prefix, caption = gemma.text_encoder_calls(pieces, layers)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from sana_kernels.mix_ffn_depthwise.quantization import narrow
 from sana_kernels.scaled_linear import scaled_linear, scaled_linear_codes
+from sana_kernels.weight_only_linear import weight_only_linear
 
 Tensors = Mapping[str, torch.Tensor]
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
@@ -56,18 +57,28 @@ class LinearForm:
 
 
 def linear(
-    x: torch.Tensor, tensors: Tensors, name: str, form: LinearForm, dtype: torch.dtype, *, own_int8: bool = False
+    x: torch.Tensor,
+    tensors: Tensors,
+    name: str,
+    form: LinearForm,
+    dtype: torch.dtype,
+    *,
+    own_int8: bool = False,
+    own_weight_only: bool = False,
 ) -> torch.Tensor:
     """x [..., I], in the base dtype or already as codes -> [..., O] in `dtype`.
 
     `own_int8`: INT8 products by our kernel, which scales the sums where they are; the library writes 32-bit integers
-    for another pass to scale.
+    for another pass to scale. `own_weight_only`: products of INT8 weights by our kernel, which widens them where it
+    multiplies; the library needs a pass that writes them out in 16 bits. That pass is worth its time for many rows.
     """
     weight = tensors[f"{name}.weight"]
     bias = tensors[f"{name}.bias"] if form.bias else None
     if form.activation_dtype is None:
         if form.weight_dtype is None:
             return F.linear(x, weight, bias)
+        if own_weight_only and form.weight_dtype == INT8:
+            return weight_only_linear(x, weight, tensors[f"{name}.weight_scale"], bias, impl="triton")
         return _scaled(x @ weight.to(dtype).t(), tensors[f"{name}.weight_scale"], bias, dtype)
     codes = x if x.dtype == form.activation_dtype else _codes(x, tensors, name, form)
     scales = tensors[f"{name}.activation_scale"], tensors[f"{name}.weight_scale"]

@@ -139,7 +139,7 @@ def prepare(
         )
         return prepare_transformer(layout, weights, quantized)
     if plan.name == "text_encoder":
-        return _prepare_text_encoder(checkpoint, weights, quantized, tokens)
+        return _prepare_text_encoder(checkpoint, weights, quantized, tokens, impl)
     autoencoder = AutoencoderConfig.from_upstream(checkpoint.vae_config)
     decoder = decoder_pieces.DecoderLayout(autoencoder, dtype, height, width, impl)
     if impl == "reference":
@@ -299,12 +299,14 @@ def _dividing_first_half(factor: torch.Tensor) -> Callable[[torch.Tensor], torch
     return divide
 
 
-def _prepare_text_encoder(checkpoint: Checkpoint, weights: Weights, quantized: _Quantized, tokens: int) -> Prepared:
+def _prepare_text_encoder(
+    checkpoint: Checkpoint, weights: Weights, quantized: _Quantized, tokens: int, impl: Impl
+) -> Prepared:
     quantized = _weights_only(quantized, "text_encoder")
     dtype = quantized.dtype
     embedding = quantized.form("embed_tokens", False)
     layout = gemma.TextEncoderLayout.from_upstream(
-        checkpoint.text_encoder_config, tokens, dtype, embedding.weight_dtype
+        checkpoint.text_encoder_config, tokens, dtype, embedding.weight_dtype, impl
     )
     stored: dict[str, LazyTensor] = {"norm.weight": cast(weights["norm.weight"], dtype)}
     for part, tensor in quantized.tensors("embed_tokens", embedding, weights["embed_tokens.weight"], None).items():

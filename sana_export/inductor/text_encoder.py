@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from sana_export.inductor.linear import LinearForm, Tensors, linear
 from sana_export.inductor.piece import Piece
+from sana_kernels.modulated_norm.api import Impl
 from sana_runtime.contract import CAPTION_LENGTH
 from sana_runtime.inductor_program import Call
 
@@ -42,7 +43,9 @@ Part = Literal["all", "prefix", "caption"]
 
 @dataclass(frozen=True)
 class TextEncoderLayout:
-    """Shape of a Gemma-2 and what its pieces are made for; `tokens` is the padded prompt length L."""
+    """Shape of a Gemma-2 and what its pieces are made for; `tokens` is the padded prompt length L, `impl` that of our
+    kernels.
+    """
 
     channels: int
     layers: int
@@ -56,6 +59,12 @@ class TextEncoderLayout:
     tokens: int
     dtype: torch.dtype
     embedding_dtype: torch.dtype | None = None
+    impl: Impl = "reference"
+
+    @property
+    def own_weight_only(self) -> bool:
+        """Whether our kernel computes products of INT8 weights: it has none for fp32."""
+        return self.impl == "triton" and self.dtype != torch.float32
 
     @property
     def prefix(self) -> int:
@@ -64,7 +73,12 @@ class TextEncoderLayout:
 
     @classmethod
     def from_upstream(
-        cls, config: Mapping[str, Any], tokens: int, dtype: torch.dtype, embedding_dtype: torch.dtype | None = None
+        cls,
+        config: Mapping[str, Any],
+        tokens: int,
+        dtype: torch.dtype,
+        embedding_dtype: torch.dtype | None = None,
+        impl: Impl = "reference",
     ) -> "TextEncoderLayout":
         """From a `text_encoder/config.json`."""
         return cls(
@@ -80,6 +94,7 @@ class TextEncoderLayout:
             tokens=tokens,
             dtype=dtype,
             embedding_dtype=embedding_dtype,
+            impl=impl,
         )
 
 
@@ -128,7 +143,7 @@ def layer_piece(layout: TextEncoderLayout, forms: Mapping[str, LinearForm], name
 
     def layer(t: Tensors) -> tuple[torch.Tensor, ...]:
         def product(name: str, x: torch.Tensor) -> torch.Tensor:
-            return linear(x, t, name, forms[name], layout.dtype)
+            return linear(x, t, name, forms[name], layout.dtype, own_weight_only=layout.own_weight_only)
 
         def norm(name: str, x: torch.Tensor) -> torch.Tensor:
             return gemma_norm(x, t[f"{name}.weight"], layout.norm_eps)

@@ -117,3 +117,51 @@ def layout(impl: str, fused: str) -> TransformerLayout:
 )
 def test_what_is_fused(impl: str, fused: str, form: LinearForm, expected: bool) -> None:
     assert layout(impl, fused).fuses(form) == expected
+
+
+# A layer of the text encoder over INT8 weights, by our kernel in Triton's interpreter and by the library.
+INTERPRET_TEXT_ENCODER = """
+import torch
+from dataclasses import replace
+from sana_export.inductor import linear as layers
+from sana_export.inductor import text_encoder as gemma
+from sana_export.inductor.linear import INT8, LinearForm
+
+calls = []
+kernel = layers.weight_only_linear
+layers.weight_only_linear = lambda *arguments, **named: (calls.append(named["impl"]), kernel(*arguments, **named))[1]
+layout = gemma.TextEncoderLayout(
+    channels=64, layers=1, heads=4, key_heads=2, head_dim=16, query_scale=0.25, soft_cap=50.0, norm_eps=1e-6,
+    rope_theta=1e4, tokens=12, dtype=torch.bfloat16, impl="triton",
+)
+generator = torch.Generator().manual_seed(0)
+normal = lambda *shape: torch.randn(shape, generator=generator)
+shapes = {"self_attn.qkv": (128, 64), "self_attn.o_proj": (64, 64), "mlp.gate_up": (192, 64), "mlp.down_proj": (64, 96)}
+values = {"x": normal(1, 12, 64).bfloat16(), "bias": torch.zeros(12, 12)}
+values |= {name: normal(12, 16).bfloat16() for name in ("cosine", "sine")}
+values |= {f"{norm}.weight": 0.1 * normal(64).bfloat16() for norm in gemma.LAYER_NORMS}
+for name, shape in shapes.items():
+    values[f"{name}.weight"] = torch.randint(-127, 128, shape, generator=generator).to(INT8)
+    values[f"{name}.weight_scale"] = (1 + torch.rand(shape[0], generator=generator)) / 127 / shape[1] ** 0.5
+
+def run(layout):
+    piece = gemma.layer_piece(layout, dict.fromkeys(shapes, LinearForm(False, INT8)), "layer", "all")
+    return piece(*(values[name] for name in piece.inputs))[0].float()
+
+own = run(layout)
+assert calls == ["triton"] * 4, calls
+library = run(replace(layout, impl="reference"))
+assert len(calls) == 4
+# Rounded to bf16 at every product, in another order of sums.
+print(float((own - library).norm() / library.norm()) < 10**0.5 * 2.0**-8)
+assert not replace(layout, dtype=torch.float32).own_weight_only
+"""
+
+
+def test_text_encoder_layer_with_own_products_matches_the_library() -> None:
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", INTERPRET_TEXT_ENCODER]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.split() == ["True"]

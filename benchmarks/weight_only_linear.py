@@ -1,0 +1,250 @@
+"""Time the text encoder's linear layers on this GPU by our kernel and by the library, or find the best tilings.
+
+    python benchmarks/weight_only_linear.py                 # every layer of a Gemma-2-2B, a caption's 304 rows
+    python benchmarks/weight_only_linear.py --sweep         # the kernel alone, every tiling
+    TRITON_INTERPRET=1 python benchmarks/weight_only_linear.py --device cpu --sizes tiny    # a dry run
+
+Our kernel is held to its fp64 oracle at every shape before it is timed. The library multiplies bf16 weights: widened
+before each product in a pass that torch.compile makes, which is what the kernel replaces, and widened once, which takes
+twice the memory. Weights are taken in turn from as many copies as do not fit the cache. Floors are of the product at
+this run's bf16 ceiling and of the weights' bytes at its copy rate.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+from inductor_profile import OutOfTime, Session, catalogue, ceilings, operator_time, relative_rms
+from torch.nn import functional as F
+
+from sana_export.inductor.linear import INT8, LinearForm, linear
+from sana_export.inductor.text_encoder import TextEncoderLayout
+from sana_kernels.weight_only_linear import triton as kernels
+from sana_kernels.weight_only_linear.testing import Case, Inputs, make_inputs, verify, verify_exact_sums
+from sana_runtime.contract import CAPTION_LENGTH
+from sana_runtime.inductor_engine import prefer_no_library_workspace
+
+# As many rows as the text encoder computes per prompt.
+ROWS = -(-CAPTION_LENGTH // 16) * 16
+# Rows, more rows, columns, depth, loads in flight.
+TILINGS = (
+    (128, 32, 64, 64, 3),
+    (128, 32, 64, 64, 4),
+    (128, 32, 64, 128, 3),
+    (128, 32, 128, 64, 3),
+    (128, 32, 128, 32, 4),
+    (64, 16, 64, 64, 4),
+    (64, 16, 128, 64, 3),
+    (64, 16, 128, 64, 4),
+    (256, 64, 64, 64, 4),
+    (256, 64, 64, 32, 3),
+)
+PARTS = (1, 2, 3, 4, 6)
+# More than the cache of any GPU.
+_BYTES_IN_TURN = 3e8
+_LARGEST_RESULT_SHARE = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A linear layer's name and case."""
+
+    name: str
+    case: Case
+
+    @property
+    def flop(self) -> float:
+        """Of one call."""
+        return 2.0 * self.case.tokens * self.case.inputs * self.case.outputs
+
+
+def layers(size: str) -> Iterator[Layer]:
+    """Of one layer of the text encoder."""
+    table = catalogue()
+    config = {**table["text_encoder_common"], **table["text_encoders"]["tiny" if size == "tiny" else "gemma-2-2b"]}
+    layout = TextEncoderLayout.from_upstream(config, 512, torch.bfloat16)
+    channels, hidden, queries = layout.channels, config["intermediate_size"], layout.heads * layout.head_dim
+    shapes = {
+        "qkv": (queries + 2 * layout.key_heads * layout.head_dim, channels),
+        "o_proj": (channels, queries),
+        "gate_up": (2 * hidden, channels),
+        "down_proj": (channels, hidden),
+    }
+    rows = ROWS if size != "tiny" else 20
+    for name, (outputs, inputs) in shapes.items():
+        yield Layer(name, Case(1, rows, inputs, outputs))
+
+
+def table(session: Session, found: Sequence[Layer]) -> None:
+    """Every layer by our kernel and by the library, and what is gained."""
+    ceilings(session)
+    sums = dict.fromkeys(("ours", "widened", "wide"), 0.0)
+    for layer in found:
+        with session.part(layer.name):
+            finding = verify(layer.case, session.device, "triton")[0]
+            session.row("parity", layer.name, "y", finding.relative_rms, "rel rms", f"bound {finding.bound:.3g}")
+            inputs = make_inputs(layer.case, session.device)
+            tile = kernels.tiling(layer.case.tokens, layer.case.outputs, layer.case.inputs)
+            ours = timed(session, layer, f"triton {named(tile)}", in_turn(inputs, own_product))
+            widened = timed(session, layer, "library, widened first", in_turn(inputs, compiled_library(session)))
+            wide = timed(session, layer, "library, bf16 weights", in_turn(inputs, library_alone, torch.bfloat16))
+            for name, value in zip(sums, (ours, widened, wide), strict=True):
+                sums[name] += value
+            session.row("speedup", layer.name, "library, widened first / triton", widened / ours, "x")
+    session.row("sum", "layer", "triton", sums["ours"], "us")
+    session.row("sum", "layer", "library, widened first", sums["widened"], "us")
+    session.row("sum", "layer", "library, bf16 weights", sums["wide"], "us")
+
+
+def own_product(inputs: Inputs) -> torch.Tensor:
+    """Our kernel's launch without what dispatches to it, and the sum of its parts."""
+    return kernels.forward(*inputs)
+
+
+def library_alone(inputs: Inputs) -> torch.Tensor:
+    """The product of weights that were widened before, without their scale."""
+    return F.linear(inputs.x, inputs.weight)
+
+
+def compiled_library(session: Session) -> Callable[[Inputs], torch.Tensor]:
+    """What the pieces of the target `inductor` compute without our kernel."""
+    torch._dynamo.reset()  # or it gives up after a few shapes
+
+    def work(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        tensors = {"l.weight": weight, "l.weight_scale": scale}
+        return linear(x, tensors, "l", LinearForm(False, INT8), x.dtype)
+
+    fast = torch.compile(work, fullgraph=True, dynamic=False) if session.on_gpu else work
+    return lambda inputs: fast(inputs.x, inputs.weight, inputs.weight_scale)
+
+
+def in_turn(
+    inputs: Inputs, work: Callable[[Inputs], torch.Tensor], dtype: torch.dtype = INT8
+) -> Callable[[], torch.Tensor]:
+    """A call with the next copy of the weights, so that they come from memory as in the network."""
+    copies = max(1, min(32, int(_BYTES_IN_TURN / inputs.weight.numel()))) if inputs.x.is_cuda else 1
+    weights = itertools.cycle([inputs.weight.to(dtype, copy=True) for _ in range(copies)])
+    return lambda: work(inputs._replace(weight=next(weights)))
+
+
+def timed(session: Session, layer: Layer, what: str, work: Callable[[], object]) -> float:
+    """Time it and write the row; microseconds."""
+    time_us = operator_time(session, work)
+    note = f"{layer.flop / time_us / 1e6:.0f} TFLOP/s"
+    if session.ceilings:
+        floor = layer.flop / session.ceilings["bf16"] / 1e6
+        note += f", floor of the product {floor:.1f} us"
+    session.row("layer", layer.name, what, time_us, "us", note)
+    return time_us
+
+
+# --- Tilings ---
+
+
+def sweep(session: Session, found: Sequence[Layer]) -> None:
+    """Every tiling at every shape, the best last; results are held to those of the tiling that is checked."""
+    jobs = [(layer.case, tile) for layer in found for tile in tilings(session, layer.case)]
+    if session.on_gpu:
+        started = time.monotonic()
+        workers = max(1, min(16, (os.cpu_count() or 1)))
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            failed = sum(not ok for ok in pool.map(_compile, jobs, chunksize=4))
+        session.row("build", "sweep", f"{len(jobs)} kernels, {failed} failed", time.monotonic() - started, "s")
+    for layer in found:
+        with session.part(layer.name):
+            verify(layer.case, session.device, "triton")
+            inputs, chosen = make_inputs(layer.case, session.device), kernels.tiling
+            wanted, times = own_product(inputs), {}
+            for tile in tilings(session, layer.case):
+                kernels.tiling = lambda *_, tile=tile: tile
+                try:
+                    error = relative_rms(own_product(inputs), wanted)
+                    # Two orders of sums, each rounded to bf16.
+                    if not error <= 2 * 2.0**-8:
+                        raise AssertionError(f"relative RMS {error:.3g} from the chosen tiling")
+                    verify_exact_sums(layer.case, session.device, "triton")
+                    times[tile] = timed(session, layer, named(tile), in_turn(inputs, own_product))
+                except Exception as error:
+                    note = f"{type(error).__name__}: {str(error)[:120]}".replace("\n", " ")
+                    session.row("failed", layer.name, named(tile), 1, "failure", note)
+                finally:
+                    kernels.tiling = chosen
+            for tile in sorted(times, key=lambda tile: times[tile])[:3]:
+                session.row("best", layer.name, named(tile), times[tile], "us")
+
+
+def tilings(session: Session, case: Case) -> list[kernels.Tiling]:
+    """Those to try for a case; the first few in a dry run."""
+    found = []
+    for (rows, more, columns, depth, stages), parts in itertools.product(TILINGS, PARTS):
+        # Parts are worth their traffic only where results are few beside the weights.
+        large = parts * case.tokens * _LARGEST_RESULT_SHARE > case.inputs * 2
+        if case.inputs % (parts * depth) == 0 and (parts == 1 or not large):
+            found.append(kernels.Tiling(rows, more, columns, depth, stages, parts))
+    return found if session.on_gpu else found[:2]
+
+
+def _compile(job: tuple[Case, kernels.Tiling]) -> bool:
+    """In a process of its own: the kernel of a case, for this GPU, without running it."""
+    case, tile = job
+    x = torch.empty(1, case.tokens, case.inputs, dtype=case.dtype, device="meta")
+    weight = torch.empty(case.outputs, case.inputs, dtype=INT8, device="meta")
+    scale = torch.empty(case.outputs, device="meta")
+    dtype = case.dtype if tile.parts == 1 else torch.float32
+    tensors = (x, weight, scale, None, torch.empty(tile.parts, case.tokens, case.outputs, dtype=dtype, device="meta"))
+    numbers, constants = kernels.launch(tensors, tile)
+    try:
+        pointers = [x if t is None else t for t in tensors]
+        kernels.weight_only_linear_kernel.warmup(*pointers, *numbers, grid=(1,), **constants)
+    except Exception as error:
+        print(f"not compiled: {case} {named(tile)}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+        return False
+    return True
+
+
+def named(tile: kernels.Tiling) -> str:
+    """ "128+32x64x64 s3 p1": rows, columns and depth, loads in flight, parts of the depth."""
+    return f"{tile.rows}+{tile.more_rows}x{tile.columns}x{tile.depth} s{tile.num_stages} p{tile.parts}"
+
+
+# --- The command ---
+
+
+def main() -> int:
+    """Measure what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweep", action="store_true", help="time every tiling instead of the library")
+    parser.add_argument("--sizes", default="gemma-2-2b", choices=("gemma-2-2b", "tiny"))
+    parser.add_argument("--layers", nargs="+", help="only these: qkv, o_proj, gate_up, down_proj")
+    parser.add_argument("--budget-s", type=float, default=540.0, help="start no further layer after this many seconds")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--commit", default="", help="what the rows call the commit, where git cannot tell")
+    parser.add_argument("--output", type=Path, default=Path("weight_only_linear.csv"))
+    chosen = parser.parse_args()
+    if chosen.device == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device: TRITON_INTERPRET=1 and --device cpu run the script's logic without one", file=sys.stderr)
+        return 1
+    if chosen.device == "cpu" and not kernels.ON_CPU:
+        print("--device cpu runs kernels in Triton's interpreter: set TRITON_INTERPRET=1", file=sys.stderr)
+        return 1
+    prefer_no_library_workspace()  # as the engines run
+    found = [layer for layer in layers(chosen.sizes) if layer.name in (chosen.layers or layer.name)]
+    with chosen.output.open("w", newline="") as file, torch.no_grad():
+        session = Session.begin(chosen, file)
+        try:
+            (sweep if chosen.sweep else table)(session, found)
+        except OutOfTime as error:
+            print(f"out of time before: {error}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
