@@ -34,18 +34,18 @@ from sana_runtime.inductor_engine import prefer_no_library_workspace
 
 # As many rows as the text encoder computes per prompt.
 ROWS = -(-CAPTION_LENGTH // 16) * 16
-# Rows, more rows, columns, depth, loads in flight.
+# Rows, columns, depth, warps, loads in flight.
 TILINGS = (
-    (128, 32, 64, 64, 3),
-    (128, 32, 64, 64, 4),
-    (128, 32, 64, 128, 3),
-    (128, 32, 128, 64, 3),
-    (128, 32, 128, 32, 4),
-    (64, 16, 64, 64, 4),
-    (64, 16, 128, 64, 3),
-    (64, 16, 128, 64, 4),
-    (256, 64, 64, 64, 4),
-    (256, 64, 64, 32, 3),
+    (64, 64, 64, 4, 4),
+    (64, 64, 128, 4, 3),
+    (64, 128, 64, 4, 3),
+    (64, 128, 64, 4, 4),
+    (64, 128, 128, 4, 3),
+    (64, 256, 64, 4, 3),
+    (64, 256, 64, 8, 3),
+    (128, 64, 64, 4, 3),
+    (128, 128, 64, 4, 3),
+    (128, 128, 64, 8, 3),
 )
 PARTS = (1, 2, 3, 4, 6)
 # More than the cache of any GPU.
@@ -184,11 +184,11 @@ def sweep(session: Session, found: Sequence[Layer]) -> None:
 def tilings(session: Session, case: Case) -> list[kernels.Tiling]:
     """Those to try for a case; the first few in a dry run."""
     found = []
-    for (rows, more, columns, depth, stages), parts in itertools.product(TILINGS, PARTS):
+    for (rows, columns, depth, warps, stages), parts in itertools.product(TILINGS, PARTS):
         # Parts are worth their traffic only where results are few beside the weights.
         large = parts * case.tokens * _LARGEST_RESULT_SHARE > case.inputs * 2
         if case.inputs % (parts * depth) == 0 and (parts == 1 or not large):
-            found.append(kernels.Tiling(rows, more, columns, depth, stages, parts))
+            found.append(kernels.Tiling(rows, columns, depth, warps, stages, parts))
     return found if session.on_gpu else found[:2]
 
 
@@ -211,8 +211,8 @@ def _compile(job: tuple[Case, kernels.Tiling]) -> bool:
 
 
 def named(tile: kernels.Tiling) -> str:
-    """ "128+32x64x64 s3 p1": rows, columns and depth, loads in flight, parts of the depth."""
-    return f"{tile.rows}+{tile.more_rows}x{tile.columns}x{tile.depth} s{tile.num_stages} p{tile.parts}"
+    """ "64x128x64 w4 s3 p1": rows, columns and depth, warps, loads in flight, parts of the depth."""
+    return f"{tile.rows}x{tile.columns}x{tile.depth} w{tile.num_warps} s{tile.num_stages} p{tile.parts}"
 
 
 # --- The command ---

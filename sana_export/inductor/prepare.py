@@ -306,7 +306,7 @@ def _prepare_text_encoder(
     dtype = quantized.dtype
     embedding = quantized.form("embed_tokens", False)
     layout = gemma.TextEncoderLayout.from_upstream(
-        checkpoint.text_encoder_config, tokens, dtype, embedding.weight_dtype
+        checkpoint.text_encoder_config, tokens, dtype, embedding.weight_dtype, impl
     )
     stored: dict[str, LazyTensor] = {"norm.weight": cast(weights["norm.weight"], dtype)}
     for part, tensor in quantized.tensors("embed_tokens", embedding, weights["embed_tokens.weight"], None).items():

@@ -16,7 +16,7 @@ from sana_kernels.weight_only_linear.testing import Case, make_inputs, verify, v
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
-# Tiles are 128 + 32 rows x 64 columns: some shapes end in the first group, some in the second; the depth is cut or not.
+# Tiles are 64 rows x 128 columns: some shapes end inside one; the depth is cut or not.
 ON_CPU = [
     Case(1, 1, 16, 8),
     Case(1, 161, 72, 100, FP16, "tensor", bias=True),
@@ -57,14 +57,14 @@ def test_triton_matches_the_oracle_in_the_interpreter() -> None:
     assert found.stdout.split() == [str(case) for case in ON_CPU]
 
 
-# Of the product's instruction: Ampere's, Hopper's, whose first factor is in registers ("{" before the descriptor).
+# Of the product's instruction: Ampere's; Hopper's, with both factors in shared memory (descriptors behind the sums).
 INSTRUCTIONS = {
     ("bf16", 80): r"mma\.sync\S+bf16\.bf16",
     ("fp16", 86): r"mma\.sync\S+f16\.f16",
     ("bf16", 87): r"mma\.sync\S+bf16\.bf16",
     ("bf16", 89): r"mma\.sync\S+bf16\.bf16",
-    ("bf16", 90): r"wgmma\.mma_async\S+bf16\.bf16[^;]*\}, \{[^;]*\}, %rd",
-    ("fp16", 90): r"wgmma\.mma_async\S+f16\.f16[^;]*\}, \{[^;]*\}, %rd",
+    ("bf16", 90): r"wgmma\.mma_async\S+bf16\.bf16 \{[^{}]*\}, %rd\d+, %rd",
+    ("fp16", 90): r"wgmma\.mma_async\S+f16\.f16 \{[^{}]*\}, %rd\d+, %rd",
     ("bf16", 110): r"tcgen05\.mma",
     ("bf16", 120): r"mma\.sync\S+bf16\.bf16",
 }
@@ -100,7 +100,6 @@ def test_depth_is_cut_only_where_tiles_are_few_and_parts_come_out_even(rows: int
     from sana_kernels.weight_only_linear.triton import tiling
 
     tile = tiling(rows, columns, depth)
-    assert tile.num_warps == 4
     assert depth % tile.parts == 0
     assert (tile.parts > 1) == (depth % 256 == 0)
 

@@ -1,10 +1,12 @@
-"""Triton kernel of a linear layer whose INT8 weights are widened in registers, between memory and the matrix units.
+"""Triton kernel of a linear layer whose INT8 weights are widened between memory and the matrix units.
 
-A program owns a tile of weight rows (columns of the result) and of rows of x, and computes it transposed: weight times
-x transposed. Hopper's units take their first factor from registers, where the codes are widened, and the second from
-shared memory, where x arrives as it is. What a program widens it uses for all its rows of x. Those are two groups,
-MORE_ROWS beside ROWS, for Triton's tensors have powers of two and a caption has 300 tokens: two tiles of 128 + 32 rows
-waste less than three of 128.
+A program owns a tile of rows of x and columns of the result and walks along K with several loads in flight. Codes
+arrive as they are stored, are widened in registers and go back to shared memory, where Hopper's units take both
+factors from.
+
+Those units could take the widened codes from registers, as the first factor of the transposed product. Triton 3.6 lets
+such products run on into the next step, which widens the next codes into registers that they still read: on an H100
+sums came out wrong now and then. Factors in shared memory are waited for, and were no slower.
 
 A result of few tiles would leave multiprocessors idle: the depth is then cut into parts, whose sums are added after the
 launch, in one order (by the pass that follows, where torch.compile sees it).
@@ -27,33 +29,11 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 @triton.jit
-def _widened(weight, dtype: tl.constexpr):
-    """Codes as floats."""
-    return weight.to(tl.float32) if INTERPRETED else weight.to(dtype)
-
-
-@triton.jit
-def _product(weight, x, total):
-    """total [N, M] fp32 + weight [N, K] times x [M, K] transposed."""
+def _product(x, weight, total):
+    """total [M, N] fp32 + x [M, K] times the codes of weight [N, K] transposed."""
     if INTERPRETED:  # it multiplies bf16 as the integers it keeps it in
         x = x.to(tl.float32)
-    return tl.dot(weight, tl.trans(x), total, input_precision="ieee")
-
-
-@triton.jit
-def _row_ptrs(x_ptr, first, rows, k, K: tl.constexpr, ROWS: tl.constexpr):
-    """Pointers [ROWS, BLOCK_K] to rows of x from `first` on; behind the end those of the last row."""
-    m = tl.minimum(first + tl.arange(0, ROWS), rows - 1)
-    return x_ptr + m.to(tl.int64)[:, None] * K + k[None, :]
-
-
-@triton.jit
-def _finish(total, scale, bias, out_ptr, first_m, rows, n, N: tl.constexpr, ROWS: tl.constexpr):
-    """Scale the sums [BLOCK_N, ROWS] of rows of x from `first_m`, columns n, and write them."""
-    y = narrow(tl.trans(total * scale[:, None] + bias[:, None]), 1.0, out_ptr.dtype.element_ty)
-    m = first_m + tl.arange(0, ROWS)
-    at = m.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(out_ptr + at, y, mask=(m < rows)[:, None] & (n < N)[None, :])
+    return tl.dot(x, tl.trans(weight.to(x.dtype)), total, input_precision="ieee")
 
 
 @triton.jit
@@ -69,52 +49,43 @@ def weight_only_linear_kernel(
     SCALE_PER_ROW: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PARTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    MORE_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Program (tile, part of the depth); out [PARTS, rows, N]. Tiles of the same weights follow each other."""
-    row_tiles = tl.cdiv(rows, ROWS + MORE_ROWS)
-    first_m = (tl.program_id(0) % row_tiles) * (ROWS + MORE_ROWS)
-    first_n = (tl.program_id(0) // row_tiles) * BLOCK_N
+    row_tiles = tl.cdiv(rows, BLOCK_M)
+    m = (tl.program_id(0) % row_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = (tl.program_id(0) // row_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     DEPTH: tl.constexpr = K // PARTS
-    first_k = tl.program_id(1) * DEPTH
-    out_ptr += tl.program_id(1).to(tl.int64) * rows * N
-    n = first_n + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    weight_ptrs = weight_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + (first_k + k)[None, :]
-    x_ptrs = _row_ptrs(x_ptr, first_m, rows, first_k + k, K, ROWS)
-    more_x_ptrs = _row_ptrs(x_ptr, first_m + ROWS, rows, first_k + k, K, MORE_ROWS)
-    total = tl.zeros([BLOCK_N, ROWS], tl.float32)
-    more_total = tl.zeros([BLOCK_N, MORE_ROWS], tl.float32)
+    # Rows and columns beyond the end read the last one instead and are not written.
+    x_ptrs = x_ptr + tl.minimum(m, rows - 1).to(tl.int64)[:, None] * K + k[None, :]
+    weight_ptrs = weight_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + k[None, :]
+    x_ptrs += tl.program_id(1) * DEPTH
+    weight_ptrs += tl.program_id(1) * DEPTH
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, DEPTH, BLOCK_K):
         if DEPTH % BLOCK_K == 0:
-            weight = tl.load(weight_ptrs)
             x = tl.load(x_ptrs)
-            more_x = tl.load(more_x_ptrs)
+            weight = tl.load(weight_ptrs)
         else:
             inside = (start + k < DEPTH)[None, :]
-            weight = tl.load(weight_ptrs, mask=inside, other=0)
             x = tl.load(x_ptrs, mask=inside, other=0.0)
-            more_x = tl.load(more_x_ptrs, mask=inside, other=0.0)
-        widened = _widened(weight, x.dtype)
-        total = _product(widened, x, total)
-        more_total = _product(widened, more_x, more_total)
-        weight_ptrs += BLOCK_K
+            weight = tl.load(weight_ptrs, mask=inside, other=0)
+        total = _product(x, weight, total)
         x_ptrs += BLOCK_K
-        more_x_ptrs += BLOCK_K
+        weight_ptrs += BLOCK_K
 
-    scale = tl.zeros([BLOCK_N], tl.float32)
-    bias = tl.zeros([BLOCK_N], tl.float32)
     if SCALE_PER_ROW:
-        scale = tl.load(scale_ptr + n, mask=n < N, other=0.0)
+        total *= tl.load(scale_ptr + n, mask=n < N, other=0.0)[None, :]
     else:
-        scale += tl.load(scale_ptr)
+        total *= tl.load(scale_ptr)
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-    _finish(total, scale, bias, out_ptr, first_m, rows, n, N, ROWS)
-    _finish(more_total, scale, bias, out_ptr, first_m + ROWS, rows, n, N, MORE_ROWS)
+        total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    at = (tl.program_id(1) * rows + m).to(tl.int64)[:, None] * N + n[None, :]
+    inside = (m < rows)[:, None] & (n < N)[None, :]
+    tl.store(out_ptr + at, narrow(total, 1.0, out_ptr.dtype.element_ty), mask=inside)
 
 
 # --- Host code ---
@@ -122,21 +93,16 @@ def weight_only_linear_kernel(
 
 @dataclass(frozen=True)
 class Tiling:
-    """`rows` + `more_rows` of x and `columns` of the result per program, `depth` of K at a time, `num_stages` of those
-    in flight; all of K in `parts`.
-
-    Four warps, always: with eight, one group of warps may overwrite the rows of x that the other's product still reads
-    (Triton 3.6 waits for a group's own product only; wrong sums were seen on an H100 with 256 rows).
+    """`rows` of x and `columns` of the result per program, `depth` of K at a time, `num_stages` of those in flight; all
+    of K in `parts`.
     """
 
-    rows: int = 128
-    more_rows: int = 32
-    columns: int = 64
+    rows: int = 64
+    columns: int = 128
     depth: int = 64
+    num_warps: int = 4
     num_stages: int = 3
     parts: int = 1
-
-    num_warps = 4
 
 
 # Programs under which the depth is cut; an H100 has 132 multiprocessors.
@@ -147,7 +113,7 @@ _PARTS = 4
 def tiling(rows: int, columns: int, depth: int) -> Tiling:
     """Of a product [rows, depth] x [columns, depth]: what was fastest on an H100 for the layers of a Gemma-2-2B."""
     tile = Tiling()
-    programs = -(-rows // (tile.rows + tile.more_rows)) * -(-columns // tile.columns)
+    programs = -(-rows // tile.rows) * -(-columns // tile.columns)
     cut = programs < _FEW_PROGRAMS and depth % (_PARTS * tile.depth) == 0
     return Tiling(parts=_PARTS) if cut else tile
 
@@ -177,7 +143,7 @@ def forward(
     # What is added to every part would count as often.
     tensors = (x, weight, weight_scale, bias if tile.parts == 1 else None, out)
     numbers, constants = launch(tensors, tile)
-    grid = (-(-rows // (tile.rows + tile.more_rows)) * -(-columns // tile.columns), tile.parts)
+    grid = (-(-rows // tile.rows) * -(-columns // tile.columns), tile.parts)
     pointers = [x.contiguous() if t is None else t.contiguous() for t in tensors]  # one that is never read may be any
     launcher(weight_only_linear_kernel)[grid](*pointers, *numbers, **constants)
     if tile.parts == 1:
@@ -198,8 +164,7 @@ def launch(tensors: tuple[torch.Tensor | None, ...], tile: Tiling) -> tuple[tupl
         "SCALE_PER_ROW": weight_scale.numel() > 1,
         "HAS_BIAS": bias is not None,
         "PARTS": tile.parts,
-        "ROWS": tile.rows,
-        "MORE_ROWS": tile.more_rows,
+        "BLOCK_M": tile.rows,
         "BLOCK_N": tile.columns,
         "BLOCK_K": tile.depth,
         "num_warps": tile.num_warps,
