@@ -34,7 +34,7 @@ from sana_export.inductor import decoder as vae
 from sana_export.inductor import text_encoder as gemma
 from sana_export.inductor import transformer as dit
 from sana_export.inductor.linear import FP8, INT8, LinearForm
-from sana_export.inductor.piece import Piece, compile_piece
+from sana_export.inductor.piece import Piece, export_piece, package_exported
 from sana_export.reference.dc_ae import AutoencoderConfig, Decoder
 from sana_export.reference.transformer import LinearTransformer, TransformerConfig, position_embedding
 from sana_kernels.cross_attention import cross_attention
@@ -482,7 +482,8 @@ def aoti(session: Session, size: str) -> None:
                 started = time.monotonic()
                 arguments = [value_of(values, name) for name in call.inputs]
                 options = {} if not session.on_gpu else VARIANTS["library"]
-                compile_piece(step.pieces[call.piece], arguments, path, options)
+                piece = step.pieces[call.piece]
+                package_exported(export_piece(piece, arguments), path, {**options, **piece.options})
                 loaded_pieces[call.piece] = load_piece(path)
                 session.row("build", f"{size} fp8 package", call.piece, time.monotonic() - started, "s")
             run_calls((call,), loaded_pieces, values, frozenset(call.outputs))

@@ -53,7 +53,8 @@ class BuildRequest:
     """What to build. `height`, `width` in pixels. `precision` is fp32, bf16, fp16 or a shipped recipe's name; `recipe`,
     a file, replaces it. `base_precision` is that of what a recipe does not quantise (None: the recipe's own).
     `gate`: judge a quantised build. `plugin`: compile linear attention as the TensorRT plugin, in the form
-    `plugin_form`.
+    `plugin_form`. `jobs`: how many pieces to compile at once for the target `inductor`; None: as many as this machine
+    has room for.
     """
 
     model: str
@@ -71,6 +72,7 @@ class BuildRequest:
     gate: bool = True
     plugin: bool = False
     plugin_form: PluginForm = "class"
+    jobs: int | None = None
 
     @property
     def recipe_name(self) -> str | None:
@@ -91,6 +93,13 @@ class BuildRequest:
         _check_choice("plugin-form", self.plugin_form, get_args(PluginForm))
         for component in self.components:
             _check_choice("component", component, COMPONENTS)
+        if self.jobs is not None and self.jobs < 1:
+            raise InputError(
+                "jobs is out of range",
+                received=self.jobs,
+                expected="a whole number of at least 1",
+                action="leave --jobs away for as many as this machine has room for",
+            )
         if not self.targets or not self.components:
             raise InputError("nothing to build", received="no target or no component", expected="at least one")
         for side, pixels in (("height", self.height), ("width", self.width)):

@@ -26,7 +26,9 @@ from sana_export.graph.fusion import check_fusion, parse_capability
 from sana_export.graph.opset import OPSET
 from sana_export.graph.passes import gather_rows, quick_plugins
 from sana_export.graph.variants import write_variant
+from sana_export.inductor.compile import Begun
 from sana_export.inductor.stage import InductorStage
+from sana_export.inductor.workers import Workers
 from sana_export.peak_memory import PeakMemory
 from sana_export.prompting import tokenizer_entry
 from sana_export.quantize import (
@@ -91,10 +93,13 @@ class Stages:
     checkpoint: Checkpoint
     libraries: Mapping[TargetName, TensorrtLibrary]
     staging: Staging
+    workers: Workers
+    plans: tuple[ComponentPlan, ...] = ()
     quantized: QuantizedBuild | None = None
     scales: Scales | None = None
     plugin_files: tuple[FileEntry, ...] = ()
     done: dict[str, StageRecord] = field(default_factory=dict)
+    _begun: dict[str, Begun] = field(default_factory=dict)
 
     def run(self, name: str, inputs: Mapping[str, str], make: Callable[[], Made]) -> StageRecord:
         """Reuse the stage or run `make`, which returns the files it wrote and what it measured."""
@@ -396,24 +401,41 @@ class Stages:
 
     def _inductor(self, plan: ComponentPlan, digest: str) -> EngineEntry:
         """The component's pieces, compiled for this machine."""
-        stage = f"{plan.name}/inductor"
-        stages = InductorStage(self.checkpoint, self.request, self.quantized, self.scales)
-        folder = self.staging.folder / plan.name / "inductor"
+        name, compiler = f"{plan.name}/inductor", self._compiler()
 
         def make() -> Made:
-            shutil.rmtree(folder, ignore_errors=True)
+            if self.workers.jobs > 1:
+                # The next components are compiled meanwhile; the last, the decoder, is one piece that takes longest.
+                for other in reversed(self.plans[self.plans.index(plan) + 1 :]):
+                    inputs = compiler.inputs(other, self.checkpoint.digest(other.name))
+                    if self.staging.reusable(f"{other.name}/inductor", inputs).record is None:
+                        self._begin(other)
+            self._begin(plan)
 
             def show(done: int, total: int, piece: str) -> None:
-                self.reporter.stage_progress(stage, done / total, f"compiling {piece}")
+                self.reporter.stage_progress(name, done / total, f"compiling {piece}")
 
-            files, notes = stages.build(plan, folder, show)
+            files, notes = compiler.finish(self._begun.pop(plan.name), self._inductor_folder(plan), show)
             return files, {"pieces": len(files) - 2, "notes": "; ".join(notes)}
 
-        record = self.run(stage, stages.inputs(plan, digest), make)
+        record = self.run(name, compiler.inputs(plan, digest), make)
         if notes := str(record.measured["notes"]):
             self.reporter.note(notes)
         files = tuple(entry.path for entry in record.files)
-        return EngineEntry("inductor", files, "AOTInductor", stages.torch_version, device=stages.device)
+        return EngineEntry("inductor", files, "AOTInductor", compiler.torch_version, device=compiler.device)
+
+    def _compiler(self) -> InductorStage:
+        return InductorStage(self.checkpoint, self.request, self.quantized, self.scales)
+
+    def _inductor_folder(self, plan: ComponentPlan) -> Path:
+        return self.staging.folder / plan.name / "inductor"
+
+    def _begin(self, plan: ComponentPlan) -> None:
+        """Begin to compile a component, if that has not begun."""
+        if plan.name not in self._begun:
+            folder = self._inductor_folder(plan)
+            shutil.rmtree(folder, ignore_errors=True)
+            self._begun[plan.name] = self._compiler().begin(plan, folder, self.workers)
 
 
 @contextmanager

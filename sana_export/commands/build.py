@@ -98,6 +98,14 @@ def run(
     gate: Annotated[
         bool, typer.Option("--gate/--no-gate", help="Judge a quantised model against the unquantised one.")
     ] = True,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="For target inductor: compile so many pieces at once.  [default: by CPUs and free memory]",
+        ),
+    ] = None,
 ) -> None:
     """Compile a checkpoint into a bundle, component by component.
 
@@ -133,6 +141,7 @@ def run(
         gate=gate,
         plugin=plugin,
         plugin_form=plugin_form,  # type: ignore[arg-type]
+        jobs=jobs,
     )
     from sana_export.build import build
 

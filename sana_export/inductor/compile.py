@@ -2,14 +2,18 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sana_export.inductor.piece import Piece, compile_piece
+from sana_export.inductor.piece import Exported, Piece, export_piece
 from sana_export.inductor.prepare import Prepared
+from sana_export.inductor.workers import Packaging, Workers
 from sana_export.weights.lazy import LazyTensor
 from sana_export.weights.write import write_safetensors
 from sana_runtime.contract import TensorSpec
@@ -20,28 +24,53 @@ from sana_runtime.inductor_program import FORMAT_VERSION, Program, RunPiece, run
 
 WEIGHTS_NAME = "inductor.safetensors"
 OnPiece = Callable[[int, int, str], None]
+Result = TypeVar("Result")
 
 
-def compile_component(
-    prepared: Prepared,
-    inputs: Sequence[TensorSpec],
-    folder: Path,
-    on_piece: OnPiece = lambda done, total, name: None,
-    options: dict[str, Any] | None = None,
-) -> list[Path]:
-    """Compile for this machine (its GPU, or the CPU where there is none) into `folder`; the program comes first.
+@dataclass(frozen=True)
+class Begun:
+    """A component whose pieces are being compiled: what for, each piece's package and who writes it."""
 
-    Every piece is run once, on zeros, as soon as it is compiled: its outputs are the next one's examples. `options`
-    replace Inductor's. Raises `BuildError` where the compiler or a compiled piece fails.
+    prepared: Prepared
+    inputs: Sequence[TensorSpec]
+    device: str
+    packages: Mapping[str, Path]
+    packaging: Mapping[str, Packaging]
+
+
+def begin_component(prepared: Prepared, inputs: Sequence[TensorSpec], folder: Path, workers: Workers) -> Begun:
+    """Have `workers` compile the pieces for this machine (its GPU, or the CPU where there is none) into `folder`.
+
+    Raises `BuildError` where a piece cannot be exported.
     """
     device = machine_device()
     folder.mkdir(parents=True, exist_ok=True)
+    # The packager insists on the ending.
+    packages = {name: folder / f"{name}.partial.pt2" for name in prepared.pieces}
+    packaging = {
+        name: workers.package(exported, packages[name], prepared.pieces[name].options)
+        for name, exported in _exported(prepared, inputs, _kind(device)).items()
+    }
+    return Begun(prepared, inputs, device, packages, packaging)
+
+
+def finish_component(begun: Begun, folder: Path, on_piece: OnPiece = lambda done, total, name: None) -> list[Path]:
+    """The component's files in `folder`, the program first, when its pieces are compiled and were run once, on zeros.
+
+    `on_piece` is told how many of how many pieces are done and which is waited for. Raises `BuildError` where the
+    compiler or a compiled piece fails.
+    """
+    prepared, device = begun.prepared, begun.device
     write_safetensors(folder / WEIGHTS_NAME, dict(prepared.weights))
-    files = {name: f"{name}.pt2" for name in prepared.pieces}
-    pieces: dict[str, RunPiece] = {}
-    for name, piece in prepared.pieces.items():
-        pieces[name] = _CompiledOnUse(piece, folder / files[name], options, on_piece, pieces, len(files))
-    _run_once(prepared, inputs, pieces, device.partition(" ")[0])
+    for done, (name, piece) in enumerate(begun.packaging.items()):
+        on_piece(done, len(begun.packaging), name)
+        _guarded(name, piece.result)
+    pieces: dict[str, RunPiece] = {name: _Guarded(name, load_piece(path)) for name, path in begun.packages.items()}
+    _run_once(prepared, begun.inputs, pieces, _kind(device), nullcontext())
+    files = {name: f"{name}.pt2" for name in pieces}
+    for name, path in begun.packages.items():
+        with whole_file(folder / files[name]) as temporary:
+            path.rename(temporary)
     program = Program(
         FORMAT_VERSION, device, str(torch.__version__), files, WEIGHTS_NAME, prepared.prepare, prepared.step
     )
@@ -51,62 +80,62 @@ def compile_component(
     return [folder / name for name in (PROGRAM_NAME, WEIGHTS_NAME, *files.values())]
 
 
-class _CompiledOnUse:
-    """A piece that is compiled by its first call, for the arguments of that call."""
+def _kind(device: str) -> str:
+    """ "cuda" of "cuda sm_90"."""
+    return device.partition(" ")[0]
 
-    def __init__(
-        self,
-        piece: Piece,
-        path: Path,
-        options: dict[str, Any] | None,
-        on_piece: OnPiece,
-        pieces: Mapping[str, RunPiece],
-        total: int,
-    ) -> None:
-        self._piece, self._path, self._options = piece, path, options
-        self._on_piece, self._pieces, self._total = on_piece, pieces, total
-        self._compiled: RunPiece | None = None
 
-    @property
-    def done(self) -> bool:
-        """Whether the piece is compiled."""
-        return self._compiled is not None
+def _exported(prepared: Prepared, inputs: Sequence[TensorSpec], device: str) -> dict[str, Exported]:
+    """The graph of every piece, for what its first call passes; nothing is computed."""
+    found: dict[str, Exported] = {}
+    virtual = FakeTensorMode()
+
+    def exporting(piece: Piece) -> RunPiece:
+        def call(*examples: torch.Tensor) -> list[torch.Tensor]:
+            exported = found[piece.name] = _guarded(piece.name, lambda: export_piece(piece, examples))
+            with virtual:
+                return [
+                    torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in exported.outputs()
+                ]
+
+        return call
+
+    _run_once(prepared, inputs, {name: exporting(piece) for name, piece in prepared.pieces.items()}, device, virtual)
+    return found
+
+
+class _Guarded:
+    """A compiled piece whose failure is a `BuildError`."""
+
+    def __init__(self, name: str, piece: RunPiece) -> None:
+        self._name, self._piece = name, piece
 
     def __call__(self, *arguments: torch.Tensor) -> Sequence[torch.Tensor]:
-        if self._compiled is None:
-            done = sum(piece.done for piece in self._pieces.values() if isinstance(piece, _CompiledOnUse))
-            self._on_piece(done, self._total, self._piece.name)
-            self._compiled = self._compile(arguments)
-        return self._compiled(*arguments)
+        return _guarded(self._name, lambda: self._piece(*arguments))
 
-    def _compile(self, arguments: Sequence[torch.Tensor]) -> RunPiece:
-        # The packager insists on the ending.
-        partial = self._path.with_name(f"{self._path.stem}.partial.pt2")
-        try:
-            compile_piece(self._piece, arguments, partial, self._options)
-            compiled = load_piece(partial)
-            compiled(*arguments)
-        except Exception as error:  # exporter, compilers and linker raise what they like
-            raise BuildError(
-                f"inductor: the piece '{self._piece.name}' cannot be compiled or run",
-                received=f"{type(error).__name__}: {error}",
-                expected="a package that runs on this machine",
-                action="check the C++ compiler (g++) and torch with sana-export doctor, or choose another target",
-            ) from error
-        with whole_file(self._path) as temporary:
-            partial.rename(temporary)
-        return compiled
+
+def _guarded(name: str, work: Callable[[], Result]) -> Result:
+    try:
+        return work()
+    except Exception as error:  # exporter, compilers and linker raise what they like
+        raise BuildError(
+            f"inductor: the piece '{name}' cannot be compiled or run",
+            received=f"{type(error).__name__}: {error}",
+            expected="a package that runs on this machine",
+            action="check the C++ compiler (g++) and torch with sana-export doctor, or choose another target",
+        ) from error
 
 
 class _Zeros(Mapping[str, torch.Tensor]):
-    """The stored tensors by name, as zeros on the device, each made when it is read."""
+    """The stored tensors by name, as zeros on the device, each made in `mode` when it is read."""
 
-    def __init__(self, weights: Mapping[str, LazyTensor], device: str) -> None:
-        self._weights, self._device = weights, device
+    def __init__(self, weights: Mapping[str, LazyTensor], device: str, mode: AbstractContextManager) -> None:
+        self._weights, self._device, self._mode = weights, device, mode
 
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor = self._weights[name]
-        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=self._device)
+        with self._mode:
+            return torch.zeros(tensor.shape, dtype=tensor.dtype, device=self._device)
 
     def __iter__(self) -> Any:
         return iter(self._weights)
@@ -115,12 +144,21 @@ class _Zeros(Mapping[str, torch.Tensor]):
         return len(self._weights)
 
 
-def _run_once(prepared: Prepared, inputs: Sequence[TensorSpec], pieces: Mapping[str, RunPiece], device: str) -> None:
-    """Call every piece for the first time; of several blocks of one piece only the first is needed."""
-    zeros = _Zeros(prepared.weights, device)
-    values: dict[str, Any] = {
-        spec.name: torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype), device=device) for spec in inputs
-    }
+def _run_once(
+    prepared: Prepared,
+    inputs: Sequence[TensorSpec],
+    pieces: Mapping[str, RunPiece],
+    device: str,
+    mode: AbstractContextManager,
+) -> None:
+    """Call every piece for the first time, on zeros made in `mode`; of several blocks of one piece only the first is
+    needed.
+    """
+    zeros = _Zeros(prepared.weights, device, mode)
+    with mode:
+        values: dict[str, Any] = {
+            spec.name: torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype), device=device) for spec in inputs
+        }
     made = {name: name for call in (*prepared.prepare, *prepared.step) for name in call.outputs}
     skipped: dict[str, str] = {}
     seen: set[str] = set()
@@ -134,6 +172,6 @@ def _run_once(prepared: Prepared, inputs: Sequence[TensorSpec], pieces: Mapping[
         names = {name.partition("[")[0] for name in call.inputs}
         known = {name: values[skipped.get(name, name)] for name in names if name in made or name in values}
         known |= {name: zeros[name] for name in names if name not in known}
-        with torch.inference_mode():
+        with torch.no_grad():
             run_calls((call,), pieces, known, frozenset(call.outputs))
         values.update({name: known[name] for name in call.outputs})

@@ -1,5 +1,6 @@
 """Pieces: functions over named tensors, each compiled once and called as often as the program says."""
 
+import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from torch import nn
 from sana_export.inductor.linear import Tensors
 
 Function = Callable[[Tensors], tuple[torch.Tensor, ...]]
+_ARGUMENTS = "arguments.json"
 
 
 @dataclass(frozen=True)
@@ -39,18 +41,66 @@ class PieceModule(nn.Module):
         return self._piece(*tensors)
 
 
+@dataclass(frozen=True)
+class Exported:
+    """A piece as a graph, and what its arguments look like: (shape, strides, dtype, device) of each."""
+
+    program: torch.export.ExportedProgram
+    arguments: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device], ...]
+
+    def outputs(self) -> list[torch.Tensor]:
+        """What it returns, without values."""
+        (node,) = (node for node in self.program.graph.nodes if node.op == "output")
+        return [output.meta["val"] for output in node.args[0]]
+
+
 @torch.no_grad()
-def compile_piece(
-    piece: Piece, examples: Sequence[torch.Tensor], path: Path, options: dict[str, Any] | None = None
-) -> None:
-    """Write the piece, compiled for the shapes and the device of `examples`, as an AOTInductor package (.pt2).
+def export_piece(piece: Piece, examples: Sequence[torch.Tensor]) -> Exported:
+    """The graph of the piece for the shapes and the device of `examples`, which may have no values."""
+    program = torch.export.export(PieceModule(piece), tuple(examples), strict=False)
+    # They would be kept and saved with the graph.
+    program._example_inputs = None
+    return Exported(program, tuple((x.shape, x.stride(), x.dtype, x.device) for x in examples))
+
+
+def save_exported(exported: Exported, path: Path) -> None:
+    """For another process."""
+    torch.export.save(exported.program, path, extra_files={_ARGUMENTS: json.dumps(_described(exported.arguments))})
+
+
+def load_exported(path: Path) -> Exported:
+    """What `save_exported` wrote."""
+    extra = {_ARGUMENTS: ""}
+    program = torch.export.load(path, extra_files=extra)
+    arguments = [
+        (torch.Size(shape), tuple(stride), getattr(torch, dtype), torch.device(device))
+        for shape, stride, dtype, device in json.loads(extra[_ARGUMENTS])
+    ]
+    return Exported(program, tuple(arguments))
+
+
+@torch.no_grad()
+def package_exported(exported: Exported, path: Path, options: Mapping[str, Any]) -> None:
+    """Compile with Inductor's `options` and write an AOTInductor package (.pt2).
 
     Products go to the libraries unless `options` say otherwise: to measure Inductor's own templates (up to 106 for each
     FP8 product) takes most of a build, and hardly any of them is faster.
     """
-    chosen = {**(options or {}), **piece.options}
+    zeros = [
+        torch.empty_strided(*layout, dtype=dtype, device=device).zero_()
+        for *layout, dtype, device in exported.arguments
+    ]
+    exported.program._example_inputs = (tuple(zeros), {})
     with warnings.catch_warnings():
         # PyTorch's own packager uses what PyTorch deprecates.
         warnings.simplefilter("ignore", FutureWarning)
-        exported = torch.export.export(PieceModule(piece), tuple(examples), strict=False)
-        torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=chosen)
+        torch._inductor.aoti_compile_and_package(
+            exported.program, package_path=str(path), inductor_configs=dict(options)
+        )
+
+
+def _described(arguments: Sequence[tuple]) -> list[tuple]:
+    return [
+        (tuple(shape), stride, str(dtype).removeprefix("torch."), str(device))
+        for shape, stride, dtype, device in arguments
+    ]

@@ -14,9 +14,10 @@ from sana_calibration.rules import LayerRule
 from sana_calibration.scales import LayerScales, Scales
 from sana_export.build_request import BuildRequest
 from sana_export.components import ComponentPlan
-from sana_export.inductor.compile import OnPiece, compile_component
+from sana_export.inductor.compile import Begun, OnPiece, begin_component, finish_component
 from sana_export.inductor.prepare import Prepared, prepare
 from sana_export.inductor.toolchain import check_cxx
+from sana_export.inductor.workers import Workers
 from sana_export.quantize import QuantizedBuild
 from sana_export.weights.checkpoint import Checkpoint
 from sana_kernels.modulated_norm.api import Impl
@@ -76,11 +77,14 @@ class InductorStage:
         height, width = self.request.height // PIXELS_PER_LATENT, self.request.width // PIXELS_PER_LATENT
         return prepare(self.checkpoint, plan, height, width, tokens, rules, scales, self.impl)
 
-    def build(self, plan: ComponentPlan, folder: Path, on_piece: OnPiece) -> tuple[list[Path], tuple[str, ...]]:
-        """Compile a component into `folder`: its files, the program first, and notes for people."""
+    def begin(self, plan: ComponentPlan, folder: Path, workers: Workers) -> Begun:
+        """Begin to compile a component into `folder`."""
         check_cxx()
-        prepared = self.prepare(plan)
-        return compile_component(prepared, plan.inputs, folder, on_piece), prepared.notes
+        return begin_component(self.prepare(plan), plan.inputs, folder, workers)
+
+    def finish(self, begun: Begun, folder: Path, on_piece: OnPiece) -> tuple[list[Path], tuple[str, ...]]:
+        """The component's files, the program first, and notes for people."""
+        return finish_component(begun, folder, on_piece), begun.prepared.notes
 
 
 def _code_digest() -> str:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import sana_runtime.inductor_engine as inductor
 from sana_export.build import build
 from sana_export.build_request import BuildRequest, CalibrationSettings
 from sana_export.inductor.piece import Piece
+from sana_export.inductor.workers import Workers
 from sana_export.parity.metrics import measure
 from sana_export.parity.tolerance import relative_rms_bound
 from sana_runtime.errors import BuildError, TargetError
@@ -34,6 +36,20 @@ PIECES = {
 }
 
 
+@dataclass(frozen=True)
+class Eager:
+    """A piece in the place of its graph."""
+
+    piece: Piece
+    examples: tuple[torch.Tensor, ...]
+
+    def outputs(self) -> list[torch.Tensor]:
+        return list(self.piece(*self.examples))
+
+    def result(self) -> None:
+        pass
+
+
 @pytest.fixture
 def eager_pieces(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], Piece]:
     """Pieces run eagerly in the place of compiled ones: what is tested is everything around the compiler."""
@@ -42,11 +58,13 @@ def eager_pieces(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], Piece
     def key(path: Path) -> tuple[str, str]:
         return path.parent.parent.name, path.name.replace(".partial", "")
 
-    def compile_piece(piece: Piece, examples: Any, path: Path, options: Any = None) -> None:
-        made[key(path)] = piece
-        path.write_bytes(piece.name.encode())
+    def package(workers: Workers, exported: Eager, path: Path, options: Any) -> Eager:
+        made[key(path)] = exported.piece
+        path.write_bytes(exported.piece.name.encode())
+        return exported
 
-    monkeypatch.setattr(compiling, "compile_piece", compile_piece)
+    monkeypatch.setattr(compiling, "export_piece", lambda piece, examples: Eager(piece, tuple(examples)))
+    monkeypatch.setattr(Workers, "package", package)
     monkeypatch.setattr(compiling, "load_piece", lambda path: made[key(path)])
     monkeypatch.setattr(inductor, "load_piece", lambda path: made[key(path)])
     return made
@@ -188,7 +206,7 @@ def test_a_compiler_that_fails_is_a_build_error(
     def broken(*_: object) -> None:
         raise RuntimeError("g++ not found")
 
-    monkeypatch.setattr(compiling, "compile_piece", broken)
+    monkeypatch.setattr(Eager, "result", broken)
     request = request_for(checkpoint_directory("random:tiny"), tmp_path / "bundle")
     with pytest.raises(BuildError, match=r"the piece 'prefix_embed' cannot be compiled or run[\s\S]*g\+\+ not found"):
         build(request, Recorder())
@@ -203,7 +221,9 @@ def test_fp16_is_refused(tmp_path: Path, checkpoint_directory: Callable[[str], P
 def test_compiled_pieces_compute_what_eager_ones_do(
     tmp_path: Path, checkpoint_directory: Callable[[str], Path]
 ) -> None:
-    """With a real compiler, and the 8-bit products of the recipe: the only slow test, one to three minutes."""
+    """With a real compiler in two processes, and the 8-bit products of the recipe: the only slow test, one to three
+    minutes.
+    """
     settings = CalibrationSettings(num_prompts=1, num_steps=2)
     request = request_for(
         checkpoint_directory("random:tiny"),
@@ -212,6 +232,7 @@ def test_compiled_pieces_compute_what_eager_ones_do(
         base_precision="fp32",
         calibration=settings,
         gate=False,
+        jobs=2,
     )
     build(request, Recorder())
     manifest = read_manifest(tmp_path / "bundle")
