@@ -71,7 +71,7 @@ INSTRUCTIONS = {
 
 
 @pytest.mark.parametrize(("kind", "capability"), list(INSTRUCTIONS))
-@pytest.mark.parametrize(("depth", "columns"), LAYERS)
+@pytest.mark.parametrize(("depth", "columns"), LAYERS[::3])  # in one part, in four
 def test_kernel_compiles_without_a_gpu(kind: str, capability: int, depth: int, columns: int) -> None:
     pytest.importorskip("triton")
     from sana_kernels.weight_only_linear import triton as kernels
