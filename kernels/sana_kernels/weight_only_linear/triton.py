@@ -5,8 +5,8 @@ arrive as they are stored, are widened in registers and go back to shared memory
 factors from.
 
 Those units could take the widened codes from registers, as the first factor of the transposed product. Triton 3.6 lets
-such products run on into the next step, which widens the next codes into registers that they still read: on an H100
-sums came out wrong now and then. Factors in shared memory are waited for, and were no slower.
+such products run on while the next codes are widened, and on an H100 some sums came out wrong: it looks as if registers
+are written that a product still reads. Factors in shared memory are waited for.
 
 A result of few tiles would leave multiprocessors idle: the depth is then cut into parts, whose sums are added after the
 launch, in one order (by the pass that follows, where torch.compile sees it).
