@@ -10,7 +10,7 @@ from sana_export import __version__
 from sana_export.build_request import BuildRequest
 from sana_export.bundle import open_staging
 from sana_export.components import ComponentPlan, plan_components
-from sana_export.inductor.workers import Workers, default_jobs
+from sana_export.inductor.workers import Workers
 from sana_export.prompting import scheduler_entry
 from sana_export.quantize import base_precision, calibration_prompts, prepare, recipe_of
 from sana_export.stages import EXPORTER_PACKAGES, TENSORRT_TARGETS, Reporter, Stages
@@ -41,11 +41,10 @@ def build(request: BuildRequest, reporter: Reporter) -> Manifest:
         target: find_tensorrt(target) for target in request.targets if target in TENSORRT_TARGETS
     }
     checkpoint = open_checkpoint(request.model, variant=request.variant, base=request.base)
-    jobs = (request.jobs or default_jobs()) if "inductor" in request.targets else 1
     with (
         _full_disk_is_an_error(request.output),
         open_staging(request.output) as staging,
-        Workers(jobs, staging.folder / "inductor.work") as workers,
+        Workers(request.jobs, staging.folder / "inductor.work") as workers,
     ):
         stages = Stages(request, reporter, checkpoint, libraries, staging, workers)
         tokenizer = stages.tokenizer()

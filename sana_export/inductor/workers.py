@@ -9,8 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,6 +39,7 @@ def default_jobs() -> int:
     """How many pieces to compile at once here: by CPUs, free memory and free memory of the GPU; at least one."""
     jobs = min(_MOST_JOBS, len(os.sched_getaffinity(0)) // _CPUS_PER_JOB, _available_bytes() // _BYTES_PER_JOB)
     if torch.cuda.is_available():
+        torch.cuda.empty_cache()
         jobs = min(jobs, torch.cuda.mem_get_info()[0] // _GPU_BYTES_PER_JOB)
     return max(1, jobs)
 
@@ -51,28 +54,41 @@ def _available_bytes() -> int:
 
 
 class Workers:
-    """Packages exported pieces; with one job in this process, when the result is asked for, else in `jobs` others.
+    """Packages exported pieces; with one job in this process, when the result is asked for, else in `jobs` others, None
+    for as many as there is room for when the first is asked for.
 
     A context manager: leaving it ends the processes and the compilers they started, finished or not, and removes
     `folder`, which holds what they are given and their output.
     """
 
-    def __init__(self, jobs: int, folder: Path) -> None:
-        self.jobs, self._folder = jobs, folder
-        self._threads = ThreadPoolExecutor(jobs)
+    def __init__(self, jobs: int | None, folder: Path) -> None:
+        self._wanted, self._folder = jobs, folder
         self._started: list[subprocess.Popen[str]] = []
         self._idle: queue.SimpleQueue[subprocess.Popen[str]] = queue.SimpleQueue()
         self._numbers = itertools.count()
+        self._starting, self._left = threading.Lock(), False
+
+    @cached_property
+    def jobs(self) -> int:
+        """How many pieces are compiled at once."""
+        return self._wanted or default_jobs()
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.jobs)
 
     def __enter__(self) -> "Workers":
         shutil.rmtree(self._folder, ignore_errors=True)
         return self
 
     def __exit__(self, *_: object) -> None:
+        with self._starting:
+            self._left = True
         for process in self._started:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-        self._threads.shutdown(cancel_futures=True)
+        if "_threads" in vars(self):
+            self._threads.shutdown(cancel_futures=True)
         for process in self._started:
             process.communicate()
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -109,7 +125,9 @@ class Workers:
     def _start(self) -> "subprocess.Popen[str]":
         # A long piece has most of the time to itself.
         threads = max(1, len(os.sched_getaffinity(0)) // 2)
-        with (self._folder / "workers.log").open("ab") as log:
+        with self._starting, (self._folder / "workers.log").open("ab") as log:
+            if self._left:
+                raise RuntimeError("the build has ended")
             process = subprocess.Popen(
                 [sys.executable, "-m", "sana_export.inductor.worker"],
                 stdin=subprocess.PIPE,
@@ -120,7 +138,7 @@ class Workers:
                 start_new_session=True,
                 env={**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": str(threads)},
             )
-        self._started.append(process)
+            self._started.append(process)
         return process
 
     def _last_words(self) -> str:

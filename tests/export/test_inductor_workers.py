@@ -109,5 +109,6 @@ def test_as_many_jobs_as_there_is_room_for(cpus: int, gib: int, jobs: int, monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert default_jobs() == jobs
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (5 << 30, 8 << 30))
     assert default_jobs() == min(jobs, 2)
