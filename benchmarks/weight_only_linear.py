@@ -6,8 +6,8 @@
 
 Our kernel is held to its fp64 oracle at every shape before it is timed. The library multiplies bf16 weights: widened
 before each product in a pass that torch.compile makes, which is what the kernel replaces, and widened once, which takes
-twice the memory. Weights are taken in turn from as many copies as do not fit the cache. Floors are of the product at
-this run's bf16 ceiling and of the weights' bytes at its copy rate.
+twice the memory. Weights are taken in turn from as many copies as do not fit the cache. The floor beside a time is that
+of the product at this run's bf16 ceiling.
 """
 
 import argparse
@@ -50,7 +50,7 @@ TILINGS = (
 PARTS = (1, 2, 3, 4, 6)
 # More than the cache of any GPU.
 _BYTES_IN_TURN = 3e8
-_LARGEST_RESULT_SHARE = 4
+_SUM_BYTES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,8 +185,8 @@ def tilings(session: Session, case: Case) -> list[kernels.Tiling]:
     """Those to try for a case; the first few in a dry run."""
     found = []
     for (rows, columns, depth, warps, stages), parts in itertools.product(TILINGS, PARTS):
-        # Parts are worth their traffic only where results are few beside the weights.
-        large = parts * case.tokens * _LARGEST_RESULT_SHARE > case.inputs * 2
+        # Parts are not worth it where their sums are more than four times as large as the weights.
+        large = parts * case.tokens * _SUM_BYTES > 4 * case.inputs
         if case.inputs % (parts * depth) == 0 and (parts == 1 or not large):
             found.append(kernels.Tiling(rows, columns, depth, warps, stages, parts))
     return found if session.on_gpu else found[:2]
