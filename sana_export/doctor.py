@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sana_export.inductor.toolchain import cxx_compiler, cxx_problem
+from sana_export.system_memory import system_memory
 from sana_runtime.environment import c_compiler
 from sana_runtime.errors import SanaError
 from sana_runtime.manifest import read_manifest, verify_files
@@ -213,12 +214,10 @@ def _pair(capability: str) -> tuple[int, int]:
 
 def check_memory() -> tuple[Finding, ...]:
     """System memory."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        sizes = {name: int(rest.split()[0]) << 10 for name, _, rest in (line.partition(":") for line in lines)}
-        free, total = sizes["MemAvailable"] / _GIB, sizes["MemTotal"] / _GIB
-    except (OSError, ValueError, KeyError, IndexError):
+    found = system_memory()
+    if found is None:
         return (Finding("system memory", "warn", "this system does not tell", ""),)
+    free, total = (size / _GIB for size in found)
     detail = f"{free:.1f} of {total:.1f} GiB free"
     if free >= _ENOUGH_MEMORY_GIB:
         return (Finding("system memory", "ok", detail),)

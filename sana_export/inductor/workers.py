@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from sana_export.inductor.piece import Exported, package_exported, save_exported
+from sana_export.system_memory import system_memory
 
 # Of a process that compiles: torch, the graph, the compiler's output.
 _BYTES_PER_JOB = 4 << 30
@@ -37,20 +38,12 @@ class Packaging(Protocol):
 
 def default_jobs() -> int:
     """How many pieces to compile at once here: by CPUs, free memory and free memory of the GPU; at least one."""
-    jobs = min(_MOST_JOBS, len(os.sched_getaffinity(0)) // _CPUS_PER_JOB, _available_bytes() // _BYTES_PER_JOB)
+    available, _ = system_memory() or (0, 0)
+    jobs = min(_MOST_JOBS, len(os.sched_getaffinity(0)) // _CPUS_PER_JOB, available // _BYTES_PER_JOB)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         jobs = min(jobs, torch.cuda.mem_get_info()[0] // _GPU_BYTES_PER_JOB)
     return max(1, jobs)
-
-
-def _available_bytes() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return _BYTES_PER_JOB
-    fields = {name: value for name, _, value in (line.partition(":") for line in lines)}
-    return int(fields.get("MemAvailable", "0 kB").split()[0]) << 10
 
 
 class Workers:

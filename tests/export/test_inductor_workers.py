@@ -105,9 +105,12 @@ def test_workers_end_when_the_build_is_killed(tmp_path: Path) -> None:
 )
 def test_as_many_jobs_as_there_is_room_for(cpus: int, gib: int, jobs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cpus)))
-    monkeypatch.setattr(workers_module, "_available_bytes", lambda: gib << 30)
+    monkeypatch.setattr(workers_module, "system_memory", lambda: (gib << 30, 128 << 30))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert default_jobs() == jobs
+    monkeypatch.setattr(workers_module, "system_memory", lambda: None)
+    assert default_jobs() == 1
+    monkeypatch.setattr(workers_module, "system_memory", lambda: (gib << 30, 128 << 30))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (5 << 30, 8 << 30))

@@ -111,7 +111,9 @@ _PARTS = 4
 
 
 def tiling(rows: int, columns: int, depth: int) -> Tiling:
-    """Of a product [rows, depth] x [columns, depth]: what was fastest on an H100 for the layers of a Gemma-2-2B."""
+    """Of a product [rows, depth] x [columns, depth]: what was fastest on an H100 for the layers of a Gemma-2-2B, of a
+    prototype's tilings; `benchmarks/weight_only_linear.py --sweep` has not been run on this kernel.
+    """
     tile = Tiling()
     programs = -(-rows // tile.rows) * -(-columns // tile.columns)
     cut = programs < _FEW_PROGRAMS and depth % (_PARTS * tile.depth) == 0
