@@ -103,7 +103,7 @@ def run(
         typer.Option(
             min=1,
             metavar="N",
-            help="For target inductor: compile so many pieces at once.  [default: by CPUs and free memory]",
+            help="For target inductor: compile so many pieces at once; without it, as many as CPUs and memory allow.",
         ),
     ] = None,
 ) -> None:
