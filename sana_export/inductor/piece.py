@@ -91,6 +91,10 @@ def package_exported(exported: Exported, path: Path, options: Mapping[str, Any])
         for *layout, dtype, device in exported.arguments
     ]
     exported.program._example_inputs = (tuple(zeros), {})
+    if zeros[0].is_cuda:
+        # The C++ code only launches kernels. To find out which vector instructions g++ and the CPU know takes each
+        # process half a minute, one process after the other, and a package that has them needs such a CPU.
+        options = {"cpp.vec_isa_ok": False, **options}
     with warnings.catch_warnings():
         # PyTorch's own packager uses what PyTorch deprecates.
         warnings.simplefilter("ignore", FutureWarning)
