@@ -1,7 +1,7 @@
 """Gemma-2 as three pieces, one of which serves every layer: packed q/k/v and gate/up products, fp32 norms and softmax.
 
-The mathematics of transformers' Gemma2Model with eager attention. Soft caps rule out library attention; at a few
-hundred tokens the scores are small, and Inductor fuses everything between the two products.
+The mathematics of transformers' Gemma2Model with eager attention. Soft caps rule out library attention: a kernel of
+ours computes that of the caption, and where it cannot run, Inductor fuses everything between the two products.
 
 Attention is causal, and before most prompts stands the same long instruction. So the positions before the caption, the
 *prefix*, have pieces of their own, whose keys, values and result the runtime keeps until those tokens change; what is
@@ -17,12 +17,12 @@ from torch.nn import functional as F
 
 from sana_export.inductor.linear import LinearForm, Tensors, linear
 from sana_export.inductor.piece import Piece
+from sana_kernels.gemma_attention import MASKED, gemma_attention
+from sana_kernels.gemma_attention.reference import gemma_attention_reference
 from sana_kernels.modulated_norm.api import Impl
 from sana_runtime.contract import CAPTION_LENGTH
 from sana_runtime.inductor_program import Call
 
-# Scores are soft-capped, so this is a hard zero after softmax.
-_MASKED = -10000.0
 # The layer's products, from the reference's layers that are stacked in each.
 LAYER_LINEARS: dict[str, tuple[str, ...]] = {
     "self_attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -67,6 +67,11 @@ class TextEncoderLayout:
         return self.impl == "triton" and self.dtype != torch.float32
 
     @property
+    def own_attention(self) -> bool:
+        """Whether our kernel computes the caption's attention: it has none for fp32 and for heads of other widths."""
+        return self.own_weight_only and self.head_dim in (32, 64, 128, 256)
+
+    @property
     def prefix(self) -> int:
         """How many positions stand before those that are computed per prompt."""
         return prefix_length(self.tokens)
@@ -105,8 +110,8 @@ def prefix_length(tokens: int) -> int:
 
 
 def embed_piece(layout: TextEncoderLayout, first: int, end: int, name: str) -> Piece:
-    """caption_tokens, caption_mask [1, L] -> of the T positions from `first` to `end`: x [1, T, C], bias [T, end] fp32
-    towards all positions before `end`, cosine and sine [T, D].
+    """caption_tokens, caption_mask [1, L] -> of the T positions from `first` to `end`: x [1, T, C], cosine and sine
+    [T, D], and of all positions before `end` the bias towards them [end] fp32.
     """
     inputs = ["caption_tokens", "caption_mask", "embed_tokens.weight"]
     inputs += ["embed_tokens.weight_scale"] * (layout.embedding_dtype is not None)
@@ -121,8 +126,7 @@ def embed_piece(layout: TextEncoderLayout, first: int, end: int, name: str) -> P
         # The factor is rounded to the dtype of the weights, as in transformers.
         factor = torch.tensor(layout.channels**0.5, dtype=layout.dtype).item()
         position = torch.arange(end, device=tokens.device)
-        allowed = (position[first:, None] >= position[None, :]) & mask.bool()  # [T, end]
-        bias = torch.where(allowed, 0.0, _MASKED)
+        bias = torch.where(mask[0].bool(), 0.0, MASKED)
         half = torch.arange(0, layout.head_dim, 2, dtype=torch.float32, device=tokens.device) / layout.head_dim
         angle = torch.outer(position[first:].float(), 1.0 / layout.rope_theta**half)
         angle = torch.cat([angle, angle], dim=-1)
@@ -149,7 +153,7 @@ def layer_piece(layout: TextEncoderLayout, forms: Mapping[str, LinearForm], name
             return gemma_norm(x, t[f"{name}.weight"], layout.norm_eps)
 
         x = t["x"]
-        attended, *kept = _attention(product("self_attn.qkv", norm("input_layernorm", x)), t, layout)
+        attended, *kept = _attention(product("self_attn.qkv", norm("input_layernorm", x)), t, layout, part)
         x = x + norm("post_attention_layernorm", product("self_attn.o_proj", attended))
         gate, up = product("mlp.gate_up", norm("pre_feedforward_layernorm", x)).chunk(2, dim=-1)
         hidden = F.gelu(gate, approximate="tanh") * up
@@ -222,26 +226,14 @@ def _calls(pieces: Mapping[str, Piece], part: str, layers: list[str], kept: tupl
     return calls
 
 
-def _attention(qkv: torch.Tensor, t: Tensors, layout: TextEncoderLayout) -> tuple[torch.Tensor, ...]:
-    """Packed qkv [1, T, (heads + 2 key_heads) D] -> [1, T, heads D], causal, soft-capped, and the T keys and values."""
-    groups = layout.heads // layout.key_heads
-    heads = qkv[0].unflatten(-1, (-1, layout.head_dim)).transpose(0, 1)  # [heads + 2 key_heads, T, D]
-    query, key, value = heads.split([layout.heads, layout.key_heads, layout.key_heads])
-    query, key = (_rotated(x, t["cosine"], t["sine"]) for x in (query, key))
-    # Compiled code takes its inputs to be laid out as its examples were, and what is kept is a copy.
-    own = key.contiguous(), value.contiguous()
-    if "past_key" in t:
-        key, value = torch.cat([t["past_key"], key], dim=1), torch.cat([t["past_value"], value], dim=1)
-    # The query heads of one key head as rows of one product: [key_heads, groups * T, D].
-    grouped = query.unflatten(0, (layout.key_heads, groups)).flatten(1, 2)
-    scores = torch.bmm(grouped, key.transpose(1, 2)).float() * layout.query_scale
-    if layout.soft_cap is not None:
-        scores = torch.tanh(scores / layout.soft_cap) * layout.soft_cap
-    weights = F.softmax(scores.unflatten(1, (groups, -1)) + t["bias"], dim=-1).to(qkv.dtype)
-    out = torch.bmm(weights.flatten(1, 2), value)  # [key_heads, groups * T, D]
-    return out.unflatten(1, (groups, -1)).flatten(0, 1).transpose(0, 1).flatten(1)[None], *own
-
-
-def _rotated(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    low, high = x.chunk(2, dim=-1)
-    return x * cosine + torch.cat([-high, low], dim=-1) * sine
+def _attention(qkv: torch.Tensor, t: Tensors, layout: TextEncoderLayout, part: Part) -> tuple[torch.Tensor, ...]:
+    """Packed qkv [1, T, (heads + 2 key_heads) D] -> [1, T, heads D], and for other parts the T keys and values."""
+    tables = t["cosine"], t["sine"], t["bias"]
+    settings = layout.heads, layout.query_scale, layout.soft_cap
+    if part == "caption" and layout.own_attention:
+        heads, scale, soft_cap = settings
+        past = t["past_key"], t["past_value"]
+        out = gemma_attention(qkv[0], *tables, *past, heads=heads, scale=scale, soft_cap=soft_cap, impl="triton")
+        return (out[None],)
+    out, *own = gemma_attention_reference(qkv[0], *tables, t.get("past_key"), t.get("past_value"), *settings)
+    return (out[None], *own)
