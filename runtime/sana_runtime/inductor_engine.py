@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import msgspec
 import numpy as np
@@ -28,6 +28,8 @@ from sana_runtime.manifest import ComponentEntry, EngineEntry
 
 PROGRAM_NAME = "inductor.json"
 _MIB = 1 << 20
+# Captions and scalars are, latents are not.
+_REMEMBERED_BYTES = 1 << 16
 # Before a capture, so that kernels are loaded and libraries have chosen theirs.
 _WARM_UPS = 2
 # Rows of a schedule start at multiples of this many fp32 numbers: compiled code takes its inputs to be aligned.
@@ -90,6 +92,8 @@ class TorchMemory(DeviceMemory):
     def __init__(self, device: str) -> None:
         self.torch = torch_module()
         self.device = self.torch.device(device)
+        # What was uploaded last to tensors that nothing else has written since.
+        self._uploaded: WeakKeyDictionary[DeviceTensor, npt.NDArray[np.generic]] = WeakKeyDictionary()
 
     def allocate(self, spec: TensorSpec) -> DeviceTensor:
         host_dtype(spec.dtype)
@@ -101,6 +105,15 @@ class TorchMemory(DeviceMemory):
         if tensor.spec.dtype == "bfloat16":
             content = content.view(self.torch.int16)
         return content.numpy().view(host_dtype(tensor.spec.dtype)).copy()
+
+    def content(self, tensor: DeviceTensor) -> npt.NDArray[np.generic]:
+        """`download` without waiting for the device where the host knows what it uploaded. Not to be written to."""
+        known = self._uploaded.get(tensor)
+        return self.download(tensor) if known is None else known
+
+    def overwritten(self, tensor: DeviceTensor) -> None:
+        """The device writes `tensor`."""
+        self._uploaded.pop(tensor, None)
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -123,10 +136,15 @@ class TorchMemory(DeviceMemory):
             source = source.view(self.torch.bfloat16)
         # Pageable memory: CUDA has taken its own copy of the bytes when the call returns.
         _buffer(target).copy_(source, non_blocking=True)
+        if content.nbytes <= _REMEMBERED_BYTES:
+            self._uploaded[target] = content.copy()
+        else:
+            self.overwritten(target)
 
     def _copy_elements(
         self, source: DeviceTensor, target: DeviceTensor, count: int, source_start: int, target_start: int
     ) -> None:
+        self.overwritten(target)
         rows = _buffer(source).view(-1)[source_start : source_start + count]
         _buffer(target).view(-1)[target_start : target_start + count].copy_(rows)
 
@@ -305,6 +323,7 @@ class InductorEngine(Engine):
 
     def _fetch(self, outputs: Mapping[str, DeviceTensor]) -> None:
         for name, tensor in outputs.items():
+            self._work.memory.overwritten(tensor)
             _buffer(tensor).copy_(self._work.outputs[name])
 
 
@@ -315,15 +334,15 @@ class InductorTextEncoder(InductorEngine):
 
     def __init__(self, component: ComponentEntry, work: _Work) -> None:
         super().__init__(component, work)
-        # The inputs' first positions, and what they gave. A captured graph reads these very tensors.
-        self._prefix: dict[str, Any] = {}
+        # The inputs' first positions, and what they gave. A captured graph reads the latter's very tensors.
+        self._prefix: dict[str, npt.NDArray[np.generic]] = {}
         self._kept: dict[str, Any] = {}
 
     def _run(self, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]) -> None:
         with self._work.memory.torch.inference_mode():
             self._feed(inputs)
             if self._work.program.prepare:
-                self._keep_prefix()
+                self._keep_prefix(inputs)
             self._work.run(("once",), self._step, self._step)
             self._fetch(outputs)
 
@@ -332,9 +351,12 @@ class InductorTextEncoder(InductorEngine):
         run_calls(self._work.program.step, self._work.pieces, values, frozenset(self._work.outputs))
         self._work.finish(values)
 
-    def _keep_prefix(self) -> None:
-        equal, own = self._work.memory.torch.equal, self._work.inputs
-        if self._prefix and all(equal(own[name][:, : part.shape[1]], part) for name, part in self._prefix.items()):
+    def _keep_prefix(self, inputs: Mapping[str, DeviceTensor]) -> None:
+        # A comparison on the GPU would keep it waiting for the host to read the answer.
+        content = {name: self._work.memory.content(tensor) for name, tensor in inputs.items()}
+        if self._prefix and all(
+            np.array_equal(content[name][:, : part.shape[1]], part) for name, part in self._prefix.items()
+        ):
             return
         values = self._work.prepared()
         made = {name: values[name] for name in _read_by_step(self._work.program)}
@@ -344,7 +366,7 @@ class InductorTextEncoder(InductorEngine):
             self._kept[name].copy_(tensor)
         # Keys and values [key_heads, prefix, D], results [1, prefix, C].
         length = next(iter(made.values())).shape[1]
-        self._prefix = {name: tensor[:, :length].clone() for name, tensor in own.items()}
+        self._prefix = {name: array[:, :length].copy() for name, array in content.items()}
 
 
 class InductorLoopEngine(InductorEngine, LoopEngine):

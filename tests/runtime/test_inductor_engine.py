@@ -194,6 +194,36 @@ def test_a_copy_on_the_host_does_not_change_the_tensor() -> None:
     np.testing.assert_array_equal(tensor.numpy(), np.ones(3, np.float32))
 
 
+def test_what_was_uploaded_is_known_until_something_else_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = inductor.TorchMemory("cpu")
+    downloads: list[str] = []
+    download = memory.download
+    monkeypatch.setattr(memory, "download", lambda tensor: (downloads.append(tensor.spec.name), download(tensor))[1])
+    host = np.arange(3, dtype=np.int32)
+    first = memory.tensor(host, TensorSpec("first", "int32", (3,)))
+    host[:] = 9  # the caller's to use again
+    second = memory.allocate(TensorSpec("second", "int32", (3,)))
+    np.testing.assert_array_equal(memory.content(first), [0, 1, 2])
+    assert downloads == []
+    np.testing.assert_array_equal(memory.content(second), [0, 0, 0])
+    memory.upload([7, 8, 9], second)
+    np.testing.assert_array_equal(memory.content(second), [7, 8, 9])
+    assert downloads == ["second"]
+    memory.copy(second, first, count=1)
+    np.testing.assert_array_equal(memory.content(first), [7, 1, 2])
+    large = memory.tensor(np.ones(1 << 15, np.float32), TensorSpec("large", F32, (1 << 15,)))
+    np.testing.assert_array_equal(memory.content(large), 1)
+    assert downloads == ["second", "first", "large"]
+
+
+def test_an_output_is_not_what_was_uploaded_to_it(tmp_path: Path, prompts: list[int]) -> None:
+    backend, engine, inputs, outputs = opened(tmp_path, "cpu")
+    name, tensor = next(iter(outputs.items()))
+    backend.memory.upload(np.full(tensor.spec.shape, 5), tensor)
+    engine.execute(inputs, outputs)
+    np.testing.assert_array_equal(backend.memory.content(outputs[name]), tensor.numpy())
+
+
 def test_damaged_files_are_refused(tmp_path: Path, prompts: list[int]) -> None:
     backend = inductor.InductorBackend("cpu")
     component, entry = written_engine(tmp_path, version=99)
