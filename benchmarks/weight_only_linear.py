@@ -7,7 +7,7 @@
 Our kernel is held to its fp64 oracle at every shape before it is timed. The library multiplies bf16 weights: widened
 before each product in a pass that torch.compile makes, which is what the kernel replaces, and widened once, which takes
 twice the memory. Weights are taken in turn from as many copies as do not fit the cache. The floor beside a time is that
-of the product at this run's bf16 ceiling.
+of the product at this run's bf16 ceiling. gate_up is timed with the gate behind it.
 """
 
 import argparse
@@ -23,9 +23,8 @@ from pathlib import Path
 
 import torch
 from inductor_profile import OutOfTime, Session, catalogue, ceilings, operator_time, relative_rms
-from torch.nn import functional as F
 
-from sana_export.inductor.linear import INT8, LinearForm, linear
+from sana_export.inductor.linear import INT8, LinearForm, gated_linear, linear
 from sana_export.inductor.text_encoder import TextEncoderLayout
 from sana_kernels.weight_only_linear import triton as kernels
 from sana_kernels.weight_only_linear.testing import Case, Inputs, make_inputs, verify, verify_exact_sums
@@ -84,7 +83,7 @@ def layers(size: str) -> Iterator[Layer]:
     }
     rows = ROWS if size != "tiny" else 20
     for name, (outputs, inputs) in shapes.items():
-        yield Layer(name, Case(1, rows, inputs, outputs))
+        yield Layer(name, Case(1, rows, inputs, outputs, gated=name == "gate_up"))
 
 
 def table(session: Session, found: Sequence[Layer]) -> None:
@@ -96,10 +95,13 @@ def table(session: Session, found: Sequence[Layer]) -> None:
             finding = verify(layer.case, session.device, "triton")[0]
             session.row("parity", layer.name, "y", finding.relative_rms, "rel rms", f"bound {finding.bound:.3g}")
             inputs = make_inputs(layer.case, session.device)
-            tile = kernels.tiling(layer.case.tokens, layer.case.outputs, layer.case.inputs)
-            ours = timed(session, layer, f"triton {named(tile)}", in_turn(inputs, own_product))
-            widened = timed(session, layer, "library, widened first", in_turn(inputs, compiled_library(session)))
-            wide = timed(session, layer, "library, bf16 weights", in_turn(inputs, library_alone, torch.bfloat16))
+            case = layer.case
+            tile = kernels.tiling(case.tokens, case.outputs, case.inputs, case.gated)
+            ours = timed(session, layer, f"triton {named(tile)}", in_turn(inputs, own_product(case)))
+            library = compiled_library(session, case, INT8)
+            widened = timed(session, layer, "library, widened first", in_turn(inputs, library))
+            library = compiled_library(session, case, None)
+            wide = timed(session, layer, "library, bf16 weights", in_turn(inputs, library, torch.bfloat16))
             for name, value in zip(sums, (ours, widened, wide), strict=True):
                 sums[name] += value
             session.row("speedup", layer.name, "library, widened first / triton", widened / ours, "x")
@@ -108,23 +110,21 @@ def table(session: Session, found: Sequence[Layer]) -> None:
     session.row("sum", "layer", "library, bf16 weights", sums["wide"], "us")
 
 
-def own_product(inputs: Inputs) -> torch.Tensor:
+def own_product(case: Case) -> Callable[[Inputs], torch.Tensor]:
     """Our kernel's launch without what dispatches to it, and the sum of its parts."""
-    return kernels.forward(*inputs)
+    return lambda inputs: kernels.forward(*inputs, case.gated)
 
 
-def library_alone(inputs: Inputs) -> torch.Tensor:
-    """The product of weights that were widened before, without their scale."""
-    return F.linear(inputs.x, inputs.weight)
-
-
-def compiled_library(session: Session) -> Callable[[Inputs], torch.Tensor]:
-    """What the pieces of the target `inductor` compute without our kernel."""
+def compiled_library(
+    session: Session, case: Case, weight_dtype: torch.dtype | None
+) -> Callable[[Inputs], torch.Tensor]:
+    """What the pieces of the target `inductor` compute without our kernel; without a weight dtype nothing is scaled."""
     torch._dynamo.reset()  # or it gives up after a few shapes
+    compute = gated_linear if case.gated else linear
 
     def work(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         tensors = {"l.weight": weight, "l.weight_scale": scale}
-        return linear(x, tensors, "l", LinearForm(False, INT8), x.dtype)
+        return compute(x, tensors, "l", LinearForm(False, weight_dtype), x.dtype)
 
     fast = torch.compile(work, fullgraph=True, dynamic=False) if session.on_gpu else work
     return lambda inputs: fast(inputs.x, inputs.weight, inputs.weight_scale)
@@ -166,16 +166,17 @@ def sweep(session: Session, found: Sequence[Layer]) -> None:
         with session.part(layer.name):
             verify(layer.case, session.device, "triton")
             inputs, chosen = make_inputs(layer.case, session.device), kernels.tiling
-            wanted, times = own_product(inputs), {}
+            product = own_product(layer.case)
+            wanted, times = product(inputs), {}
             for tile in tilings(session, layer.case):
                 kernels.tiling = lambda *_, tile=tile: tile
                 try:
-                    error = relative_rms(own_product(inputs), wanted)
+                    error = relative_rms(product(inputs), wanted)
                     # Two orders of sums, each rounded to bf16.
                     if not error <= 2 * 2.0**-8:
                         raise AssertionError(f"relative RMS {error:.3g} from the chosen tiling")
                     verify_exact_sums(layer.case, session.device, "triton")
-                    times[tile] = timed(session, layer, named(tile), in_turn(inputs, own_product))
+                    times[tile] = timed(session, layer, named(tile), in_turn(inputs, product))
                 except Exception as error:
                     note = f"{type(error).__name__}: {str(error)[:120]}".replace("\n", " ")
                     session.row("failed", layer.name, named(tile), 1, "failure", note)
@@ -191,7 +192,7 @@ def tilings(session: Session, case: Case) -> list[kernels.Tiling]:
     for (rows, columns, depth, warps, stages), parts in itertools.product(TILINGS, PARTS):
         # Parts are not worth it where their sums are more than four times as large as the weights.
         large = parts * case.tokens * _SUM_BYTES > 4 * case.inputs
-        if case.inputs % (parts * depth) == 0 and (parts == 1 or not large):
+        if case.inputs % (parts * depth) == 0 and (parts == 1 or not (large or case.gated)):
             found.append(kernels.Tiling(rows, columns, depth, warps, stages, parts))
     return found if session.on_gpu else found[:2]
 
@@ -203,8 +204,9 @@ def _compile(job: tuple[Case, kernels.Tiling]) -> bool:
     weight = torch.empty(case.outputs, case.inputs, dtype=INT8, device="meta")
     scale = torch.empty(case.outputs, device="meta")
     dtype = case.dtype if tile.parts == 1 else torch.float32
-    tensors = (x, weight, scale, None, torch.empty(tile.parts, case.tokens, case.outputs, dtype=dtype, device="meta"))
-    numbers, constants = kernels.launch(tensors, tile)
+    out = torch.empty(tile.parts, case.tokens, case.outputs // (1 + case.gated), dtype=dtype, device="meta")
+    tensors = (x, weight, scale, None, out)
+    numbers, constants = kernels.launch(tensors, tile, case.gated)
     try:
         pointers = [x if t is None else t for t in tensors]
         kernels.weight_only_linear_kernel.warmup(*pointers, *numbers, grid=(1,), **constants)

@@ -97,6 +97,18 @@ def linear(
     return product(codes.flatten(0, -2), weight, *scales, bias, dtype).unflatten(0, x.shape[:-1])
 
 
+def gated_linear(
+    x: torch.Tensor, tensors: Tensors, name: str, form: LinearForm, dtype: torch.dtype, *, own_weight_only: bool = False
+) -> torch.Tensor:
+    """gelu(gate) * up of a layer that is both, gate first: x [..., I] -> [..., O / 2] in `dtype`."""
+    if own_weight_only and form.weight_dtype == INT8 and form.activation_dtype is None:
+        weight, scale = tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"]
+        bias = tensors[f"{name}.bias"] if form.bias else None
+        return weight_only_linear(x, weight, scale, bias, gated=True, impl="triton")
+    gate, up = linear(x, tensors, name, form, dtype).chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
 def residual_linear(
     x: torch.Tensor,
     tensors: Tensors,

@@ -8,14 +8,14 @@ Attention is causal, and before most prompts stands the same long instruction. S
 computed per prompt are the positions of the caption, which attend to both.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch.nn import functional as F
 
-from sana_export.inductor.linear import LinearForm, Tensors, linear
+from sana_export.inductor.linear import LinearForm, Tensors, gated_linear, linear
 from sana_export.inductor.piece import Piece
 from sana_kernels.gemma_attention import MASKED, gemma_attention
 from sana_kernels.gemma_attention.reference import gemma_attention_reference
@@ -146,8 +146,8 @@ def layer_piece(layout: TextEncoderLayout, forms: Mapping[str, LinearForm], name
     inputs += [f"{norm}.weight" for norm in LAYER_NORMS]
 
     def layer(t: Tensors) -> tuple[torch.Tensor, ...]:
-        def product(name: str, x: torch.Tensor) -> torch.Tensor:
-            return linear(x, t, name, forms[name], layout.dtype, own_weight_only=layout.own_weight_only)
+        def product(name: str, x: torch.Tensor, compute: Callable[..., torch.Tensor] = linear) -> torch.Tensor:
+            return compute(x, t, name, forms[name], layout.dtype, own_weight_only=layout.own_weight_only)
 
         def norm(name: str, x: torch.Tensor) -> torch.Tensor:
             return gemma_norm(x, t[f"{name}.weight"], layout.norm_eps)
@@ -155,8 +155,7 @@ def layer_piece(layout: TextEncoderLayout, forms: Mapping[str, LinearForm], name
         x = t["x"]
         attended, *kept = _attention(product("self_attn.qkv", norm("input_layernorm", x)), t, layout, part)
         x = x + norm("post_attention_layernorm", product("self_attn.o_proj", attended))
-        gate, up = product("mlp.gate_up", norm("pre_feedforward_layernorm", x)).chunk(2, dim=-1)
-        hidden = F.gelu(gate, approximate="tanh") * up
+        hidden = product("mlp.gate_up", norm("pre_feedforward_layernorm", x), gated_linear)
         x = x + norm("post_feedforward_layernorm", product("mlp.down_proj", hidden))
         return (x, *kept) if part == "prefix" else (x,)
 

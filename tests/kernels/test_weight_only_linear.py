@@ -23,11 +23,15 @@ ON_CPU = [
     Case(2, 70, 256, 130, bias=True),
     Case(1, 300, 272, 64),
     Case(3, 33, 512, 64, FP16),
+    Case(2, 67, 512, 140, gated=True),
+    Case(1, 9, 40, 258, FP16, "tensor", bias=True, gated=True),
 ]
 # The layers of a Gemma-2-2B for a caption, and what is awkward.
 LAYERS = [(2304, 4096), (2048, 2304), (2304, 18432), (9216, 2304)]
 ON_GPU = [
     *(Case(1, 304, inputs, outputs) for inputs, outputs in LAYERS),
+    Case(1, 304, 2304, 18432, gated=True),
+    Case(2, 33, 2312, 1000, FP16, "tensor", bias=True, gated=True),
     Case(1, 512, 2304, 4096, FP16, "tensor", bias=True),
     Case(2, 1024, 1152, 3456, bias=True),
     Case(1, 7, 2312, 1000, bias=True),
@@ -71,16 +75,18 @@ INSTRUCTIONS = {
 
 
 @pytest.mark.parametrize(("kind", "capability"), list(INSTRUCTIONS))
-@pytest.mark.parametrize(("depth", "columns"), LAYERS[::3])  # in one part, in four
-def test_kernel_compiles_without_a_gpu(kind: str, capability: int, depth: int, columns: int) -> None:
+@pytest.mark.parametrize(
+    ("depth", "columns", "gated"), [(*LAYERS[0], False), (*LAYERS[3], False), (*LAYERS[2], True)]
+)  # in one part, in four, gated
+def test_kernel_compiles_without_a_gpu(kind: str, capability: int, depth: int, columns: int, gated: bool) -> None:
     pytest.importorskip("triton")
     from sana_kernels.weight_only_linear import triton as kernels
 
     dtype = {"bf16": BF16, "fp16": FP16}[kind]
-    tile = kernels.tiling(304, columns, depth)
-    out = torch.empty(tile.parts, 304, columns, dtype=dtype if tile.parts == 1 else FP32, device="meta")
+    tile = kernels.tiling(304, columns, depth, gated)
+    out = torch.empty(tile.parts, 304, columns // (1 + gated), dtype=dtype if tile.parts == 1 else FP32, device="meta")
     x, weight = torch.empty(304, depth, dtype=dtype, device="meta"), torch.empty(columns, depth, device="meta")
-    _, constants = kernels.launch((x, weight, torch.empty(columns, device="meta"), None, out), tile)
+    _, constants = kernels.launch((x, weight, torch.empty(columns, device="meta"), None, out), tile, gated)
     warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
     types = {"x": f"*{kind}", "weight": "*i8", "scale": "*fp32", "bias": f"*{kind}"}
     types["out"] = "*fp32" if tile.parts > 1 else f"*{kind}"
@@ -102,6 +108,7 @@ def test_depth_is_cut_only_where_tiles_are_few_and_parts_come_out_even(rows: int
     tile = tiling(rows, columns, depth)
     assert depth % tile.parts == 0
     assert (tile.parts > 1) == (depth % 256 == 0)
+    assert tiling(rows, columns, depth, gated=True).parts == 1
 
 
 def test_wrong_arguments_are_refused() -> None:
@@ -117,6 +124,8 @@ def test_wrong_arguments_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=what):
             weight_only_linear(*arguments)
+    with pytest.raises(ValueError, match="even number of rows in weight, got 7"):
+        weight_only_linear(x, weight[:7], scale[:7], gated=True)
     with pytest.raises(ValueError, match="impl must be"):
         weight_only_linear(x, weight, scale, impl="cuda")  # type: ignore[arg-type]
 
@@ -136,9 +145,9 @@ def test_nothing_in_is_nothing_out() -> None:
     assert weight_only_linear(torch.empty(1, 0, 16, dtype=BF16), *rest).shape == (1, 0, 8)
 
 
-@pytest.mark.parametrize("case", [ON_CPU[1], ON_CPU[2]], ids=str)
+@pytest.mark.parametrize("case", [ON_CPU[1], ON_CPU[2], ON_CPU[-1]], ids=str)
 def test_op_is_well_formed(case: Case) -> None:
-    library.opcheck(torch.ops.sana.weight_only_linear.default, tuple(make_inputs(case, "cpu")))
+    library.opcheck(torch.ops.sana.weight_only_linear.default, (*make_inputs(case, "cpu"), case.gated))
 
 
 @needs_gpu

@@ -27,16 +27,18 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @library.custom_op("sana::weight_only_linear", mutates_args=())
 def _weight_only_linear(
-    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None, gated: bool
 ) -> torch.Tensor:
     on_gpu = TRITON_PROBLEM is None and x.device.type == "cuda"
     forward = triton_ops.weight_only_linear_triton if on_gpu else weight_only_linear_reference
-    return forward(x, weight, weight_scale, bias)
+    return forward(x, weight, weight_scale, bias, gated)
 
 
 @_weight_only_linear.register_fake
-def _(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+def _(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None, gated: bool
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0] // (1 + gated)))
 
 
 def weight_only_linear(
@@ -45,13 +47,15 @@ def weight_only_linear(
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
+    gated: bool = False,
     impl: Impl | None = None,
 ) -> torch.Tensor:
     """weight_scale * (x weight^T) + bias: x [..., K] float32, bfloat16 or float16 -> [..., N] of the same dtype.
 
     weight [N, K] int8, `weight_scale` one float32 number or N of them, bias [N] of any float dtype. Products of a float
     and a code are summed in fp32, scaled, and rounded once. Made for few rows, where reading the weights is most of the
-    time; the result is right for any number.
+    time; the result is right for any number. `gated` (N even): gelu(first half) * second half [..., N / 2], GELU by its
+    tanh formula, as of Gemma's gate and up projections stacked.
 
     `impl`: "reference" is eager PyTorch, "triton" the kernel (not for float32); None takes the kernel for CUDA tensors
     where Triton is installed, the reference otherwise, and is one op to torch.export. There are no gradients.
@@ -62,16 +66,18 @@ def weight_only_linear(
     if impl not in (None, "reference", "triton"):
         raise ValueError(f"weight_only_linear: impl must be 'reference', 'triton' or None, got {impl!r}")
     _check(x, weight, weight_scale, bias)
+    if gated and weight.shape[0] % 2:
+        raise ValueError(f"weight_only_linear: gated needs an even number of rows in weight, got {weight.shape[0]}")
     if impl == "reference":
-        return weight_only_linear_reference(x, weight, weight_scale, bias)
+        return weight_only_linear_reference(x, weight, weight_scale, bias, gated)
     if impl == "triton":
         if TRITON_PROBLEM:
             raise ValueError(
                 f"weight_only_linear: impl='triton', but {TRITON_PROBLEM}. Use impl='reference', or pip install triton."
             )
         kernels.check_support(x)
-        return triton_ops.weight_only_linear_triton(x, weight, weight_scale, bias)
-    return _weight_only_linear(x, weight, weight_scale, bias)
+        return triton_ops.weight_only_linear_triton(x, weight, weight_scale, bias, gated)
+    return _weight_only_linear(x, weight, weight_scale, bias, gated)
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None) -> None:

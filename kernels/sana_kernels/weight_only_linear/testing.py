@@ -10,6 +10,8 @@ from sana_kernels.weight_only_linear.api import Impl, weight_only_linear
 from sana_kernels.weight_only_linear.reference import weight_only_linear_reference
 
 Values = Literal["normal", "small integers"]
+# GELU is nowhere steeper, and what its exponential, division and products round, times 1 + |gate|^3 (README.md).
+_GELU_SLOPE, _GELU_ROUNDINGS = 1.13, 16
 _ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
@@ -24,10 +26,11 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
     scales: Literal["tensor", "row"] = "row"
     bias: bool = False
+    gated: bool = False
 
     def __str__(self) -> str:
         shape = f"b{self.batch}-n{self.tokens}-k{self.inputs}-n{self.outputs}"
-        return f"{shape}-{dtype_name(self.dtype)}-per-{self.scales}{'-bias' if self.bias else ''}"
+        return f"{shape}-{dtype_name(self.dtype)}-per-{self.scales}{'-bias' * self.bias}{'-gated' * self.gated}"
 
 
 class Inputs(NamedTuple):
@@ -59,9 +62,15 @@ def make_inputs(case: Case, device: str, seed: int = 0, values: Values = "normal
 
 
 def oracle(inputs: Inputs) -> torch.Tensor:
-    """The result in fp64, without any rounding on the way."""
+    """The linear layer in fp64, without any rounding on the way."""
     exact = torch.einsum("bnk,ok->bno", inputs.x.double(), inputs.weight.double()) * inputs.weight_scale.double()
     return exact if inputs.bias is None else exact + inputs.bias.double()
+
+
+def gated(wide: torch.Tensor) -> torch.Tensor:
+    """gelu(first half) * second half, in fp64 by the formula."""
+    gate, rest = wide.chunk(2, dim=-1)
+    return gate / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3))) * rest
 
 
 def verify(case: Case, device: str, impl: Impl | None, *, seed: int = 0) -> list[Finding]:
@@ -70,10 +79,11 @@ def verify(case: Case, device: str, impl: Impl | None, *, seed: int = 0) -> list
     Raises AssertionError.
     """
     inputs = make_inputs(case, device, seed)
+    exact = oracle(inputs)
     found = compare(
-        {"y": weight_only_linear(*inputs, impl=impl)},
-        {"y": weight_only_linear_reference(*inputs)},
-        {"y": oracle(inputs)},
+        {"y": weight_only_linear(*inputs, gated=case.gated, impl=impl)},
+        {"y": weight_only_linear_reference(*inputs, case.gated)},
+        {"y": gated(exact) if case.gated else exact},
         # What additions one after the other lose (README.md).
         least_bound=2.0**-24 * (case.inputs / 6) ** 0.5,
     )
@@ -87,8 +97,14 @@ def verify_exact_sums(case: Case, device: str, impl: Impl | None, *, seed: int =
     exact = oracle(inputs)
     x, weight, scale, bias = inputs
     before = 5 * 2.0**-24 * oracle(Inputs(x.abs(), weight.abs(), scale.abs(), None if bias is None else bias.abs()))
+    if case.gated:
+        gate, rest = exact.chunk(2, dim=-1)
+        gate_error, rest_error = before.chunk(2, dim=-1)
+        exact = gated(exact)
+        before = _GELU_SLOPE * gate_error * (rest.abs() + rest_error) + gate.abs() * rest_error
+        before += _GELU_ROUNDINGS * 2.0**-24 * (1 + gate.abs() ** 3) * exact.abs()
     error = before + _ROUNDOFF[case.dtype] * (exact.abs() + before + torch.finfo(case.dtype).smallest_normal)
-    difference = (weight_only_linear(*inputs, impl=impl).double() - exact).abs()
+    difference = (weight_only_linear(*inputs, gated=case.gated, impl=impl).double() - exact).abs()
     wrong = ~(difference <= error)  # also when NaN
     if wrong.any():
         worst = tuple(int(i) for i in wrong.nonzero()[0])

@@ -48,20 +48,31 @@ def weight_only_linear_kernel(
     N: tl.constexpr,
     SCALE_PER_ROW: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    GATED: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Program (tile, part of the depth); out [PARTS, rows, N]. Tiles of the same weights follow each other."""
+    """Program (tile, part of the depth); out [PARTS, rows, COLUMNS]. Tiles of the same weights follow each other.
+
+    GATED: a tile takes rows of the gate and of the rest by turns, so that what is multiplied lies in one thread.
+    """
+    COLUMNS: tl.constexpr = N // 2 if GATED else N
+    OUT_BLOCK: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     row_tiles = tl.cdiv(rows, BLOCK_M)
     m = (tl.program_id(0) % row_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = (tl.program_id(0) // row_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_column = (tl.program_id(0) // row_tiles) * OUT_BLOCK
+    n = tl.arange(0, BLOCK_N)
+    if GATED:
+        n = tl.minimum(first_column + n // 2, COLUMNS - 1) + n % 2 * COLUMNS
+    else:
+        n = tl.minimum(first_column + n, COLUMNS - 1)
     DEPTH: tl.constexpr = K // PARTS
     k = tl.arange(0, BLOCK_K)
     # Rows and columns beyond the end read the last one instead and are not written.
     x_ptrs = x_ptr + tl.minimum(m, rows - 1).to(tl.int64)[:, None] * K + k[None, :]
-    weight_ptrs = weight_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + k[None, :]
+    weight_ptrs = weight_ptr + n.to(tl.int64)[:, None] * K + k[None, :]
     x_ptrs += tl.program_id(1) * DEPTH
     weight_ptrs += tl.program_id(1) * DEPTH
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -78,13 +89,19 @@ def weight_only_linear_kernel(
         weight_ptrs += BLOCK_K
 
     if SCALE_PER_ROW:
-        total *= tl.load(scale_ptr + n, mask=n < N, other=0.0)[None, :]
+        total *= tl.load(scale_ptr + n)[None, :]
     else:
         total *= tl.load(scale_ptr)
     if HAS_BIAS:
-        total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    at = (tl.program_id(1) * rows + m).to(tl.int64)[:, None] * N + n[None, :]
-    inside = (m < rows)[:, None] & (n < N)[None, :]
+        total += tl.load(bias_ptr + n).to(tl.float32)[None, :]
+    if GATED:
+        gate, rest = tl.split(tl.reshape(total, [BLOCK_M, OUT_BLOCK, 2]))
+        # sqrt(8 / pi) (g + 0.044715 g^3): GELU by tanh is g times the sigmoid of it.
+        inner = gate * (1.5957691216057308 + 0.07135481627260 * gate * gate)
+        total = gate / (1.0 + tl.exp(-inner)) * rest
+    columns = first_column + tl.arange(0, OUT_BLOCK)
+    at = (tl.program_id(1) * rows + m).to(tl.int64)[:, None] * COLUMNS + columns[None, :]
+    inside = (m < rows)[:, None] & (columns < COLUMNS)[None, :]
     tl.store(out_ptr + at, narrow(total, 1.0, out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -93,8 +110,8 @@ def weight_only_linear_kernel(
 
 @dataclass(frozen=True)
 class Tiling:
-    """`rows` of x and `columns` of the result per program, `depth` of K at a time, `num_stages` of those in flight; all
-    of K in `parts`.
+    """`rows` of x and `columns` of the product per program, `depth` of K at a time, `num_stages` of those in flight;
+    all of K in `parts`.
     """
 
     rows: int = 64
@@ -110,13 +127,14 @@ _FEW_PROGRAMS = 100
 _PARTS = 4
 
 
-def tiling(rows: int, columns: int, depth: int) -> Tiling:
+def tiling(rows: int, columns: int, depth: int, gated: bool = False) -> Tiling:
     """Of a product [rows, depth] x [columns, depth]: the fastest on an H100 of what `benchmarks/weight_only_linear.py
     --sweep` tries for the layers of a Gemma-2-2B, sums of parts taken to cost nothing where another pass makes them.
+    What is gated needs whole sums.
     """
     tile = Tiling()
     programs = -(-rows // tile.rows) * -(-columns // tile.columns)
-    cut = programs < _FEW_PROGRAMS and depth % (_PARTS * tile.depth) == 0
+    cut = not gated and programs < _FEW_PROGRAMS and depth % (_PARTS * tile.depth) == 0
     return Tiling(parts=_PARTS) if cut else tile
 
 
@@ -132,19 +150,20 @@ def check_support(x: torch.Tensor) -> None:
 
 
 def forward(
-    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None, gated: bool
 ) -> torch.Tensor:
     """The Triton forward, arguments and result as in `reference`. A new tensor."""
     check_support(x)
     columns, depth = weight.shape
+    wanted = (*x.shape[:-1], columns // 2 if gated else columns)
     if x.numel() == 0:
-        return x.new_empty((*x.shape[:-1], columns))
+        return x.new_empty(wanted)
     rows = x.numel() // depth
-    tile = tiling(rows, columns, depth)
-    out = x.new_empty((tile.parts, *x.shape[:-1], columns), dtype=x.dtype if tile.parts == 1 else torch.float32)
+    tile = tiling(rows, columns, depth, gated)
+    out = x.new_empty((tile.parts, *wanted), dtype=x.dtype if tile.parts == 1 else torch.float32)
     # What is added to every part would count as often.
     tensors = (x, weight, weight_scale, bias if tile.parts == 1 else None, out)
-    numbers, constants = launch(tensors, tile)
+    numbers, constants = launch(tensors, tile, gated)
     grid = (-(-rows // tile.rows) * -(-columns // tile.columns), tile.parts)
     pointers = [x.contiguous() if t is None else t.contiguous() for t in tensors]  # one that is never read may be any
     launcher(weight_only_linear_kernel)[grid](*pointers, *numbers, **constants)
@@ -154,7 +173,9 @@ def forward(
     return (wide if bias is None else wide + bias.float()).to(x.dtype)
 
 
-def launch(tensors: tuple[torch.Tensor | None, ...], tile: Tiling) -> tuple[tuple[int], dict[str, Any]]:
+def launch(
+    tensors: tuple[torch.Tensor | None, ...], tile: Tiling, gated: bool = False
+) -> tuple[tuple[int], dict[str, Any]]:
     """What the kernel takes beside its five tensors: the number behind them, and constants by name."""
     _, weight, weight_scale, bias, out = tensors
     assert weight is not None
@@ -165,6 +186,7 @@ def launch(tensors: tuple[torch.Tensor | None, ...], tile: Tiling) -> tuple[tupl
         "N": weight.shape[0],
         "SCALE_PER_ROW": weight_scale.numel() > 1,
         "HAS_BIAS": bias is not None,
+        "GATED": gated,
         "PARTS": tile.parts,
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.columns,
