@@ -82,8 +82,8 @@ def quantize(x: torch.Tensor, scale: torch.Tensor, dtype: StoredDtype) -> torch.
     _, low, high = BOUNDS[dtype]
     # The cast to float8 rounds half to even but turns what is too large into NaN: saturate before it.
     if dtype == "float8e4m3fn":
-        return (x / scale).clamp(low, high).to(torch.float8_e4m3fn)
-    return (x / scale).round().clamp(low, high).to(torch.int8)
+        return (x / scale).clamp_(low, high).to(torch.float8_e4m3fn)
+    return (x / scale).round_().clamp_(low, high).to(torch.int8)
 
 
 def _weight_scale(weight: torch.Tensor, rule: LayerRule, scale_dtype: torch.dtype) -> torch.Tensor:

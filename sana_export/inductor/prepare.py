@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import numpy as np
 import torch
@@ -84,13 +83,22 @@ class _Quantized:
         rule, factor = self.rules[layer], self.factor(layer)
         smooth_factor = None if factor is None else factor.numpy()
 
-        def quantized(what: Literal["values", "scale"]) -> torch.Tensor:
-            found = quantize_weight(weight.load().to(self.dtype), rule, smooth_factor, self.dtype)
-            return found.values if what == "values" else found.scale.reshape(scale_shape)
-
         scale_shape = () if isinstance(rule.granularity, PerTensor) else weight.shape[:1]
-        stored["weight"] = LazyTensor(weight.shape, form.weight_dtype, lambda: quantized("values"))
-        stored["weight_scale"] = LazyTensor(scale_shape, torch.float32, lambda: quantized("scale"))
+        # Kept from when the codes were made: to find it takes as long, and it is small.
+        known_scale: list[torch.Tensor] = []
+
+        def values() -> torch.Tensor:
+            found = quantize_weight(weight.load().to(self.dtype), rule, smooth_factor, self.dtype)
+            known_scale[:] = [found.scale.reshape(scale_shape)]
+            return found.values
+
+        def scale() -> torch.Tensor:
+            if not known_scale:
+                values()
+            return known_scale[0]
+
+        stored["weight"] = LazyTensor(weight.shape, form.weight_dtype, values)
+        stored["weight_scale"] = LazyTensor(scale_shape, torch.float32, scale)
         if form.activation_dtype is not None:
             stored["activation_scale"] = constant(self.activation_scale(layer))
         if form.smooth:
