@@ -698,17 +698,22 @@ def decoder(session: Session, size: str) -> None:
         for options in ("library", "autotuned")[: 2 if name.startswith("phases, shifted") else 1]:
             subject = f"{name}, {options}"
             with session.part(f"decoder {subject}"):
-                piece = vae.decoder_piece(chosen)
-                weights = [
-                    vae.stored_weight(n, state[n].bfloat16(), chosen.upsampling) for n in piece.inputs if n != "latent"
-                ]
+                pieces = vae.decoder_pieces(chosen)
+                names = [name for piece in pieces for name in piece.inputs[1:]]
+                values = {n: vae.stored_weight(n, state[n].bfloat16(), chosen.upsampling) for n in names}
                 started = time.monotonic()
-                call = compiled(piece, VARIANTS[options])
-                image = call(latent, *weights)[0].float()
+                fast = {piece.name: compiled(piece, VARIANTS[options]) for piece in pieces}
+
+                def decode(pieces: Any = pieces, fast: Any = fast, values: Values = values) -> torch.Tensor:
+                    found = {**values, "latent": latent}
+                    run_calls(vae.decoder_calls(pieces), fast, found, frozenset({"image"}))
+                    return found["image"]
+
+                image = decode().float()
                 session.row("build", "decoder", subject, time.monotonic() - started, "s")
                 bound = math.sqrt(ROUNDINGS_PER_BLOCK * sum(config.decoder_layers)) * BF16_ROUNDOFF + 0.5 / 128
                 held(session, "decoder", subject, relative_rms(image, exact), bound)
-                replay = capture(session, lambda call=call, weights=weights: call(latent, *weights))
+                replay = capture(session, decode)
                 session.row("decoder", "whole", subject, microseconds(session, replay), "us")
                 kernel_table(session, f"decoder {subject[:20]}", replay, 1)
 

@@ -405,7 +405,7 @@ class Stages:
 
         def make() -> Made:
             if self.workers.jobs > 1:
-                # The next components are compiled meanwhile; the last, the decoder, is one piece that takes longest.
+                # The next components are compiled meanwhile, the decoder, whose pieces take longest, first.
                 for other in reversed(self.plans[self.plans.index(plan) + 1 :]):
                     inputs = compiler.inputs(other, self.checkpoint.digest(other.name))
                     if self.staging.reusable(f"{other.name}/inductor", inputs).record is None:

@@ -1,4 +1,7 @@
-"""The DC-AE decoder as one piece over pixels [B, H, W, C], channels last throughout.
+"""The DC-AE decoder over pixels [B, H, W, C], channels last throughout, in pieces of one stage or several.
+
+Several processes share the compilation, and a stage ends before a convolution, across which nothing could be fused. What
+a piece is given stays in memory until it ends; so the large stages, which have few operators, are one piece.
 
 Against `reference.dc_ae`: nearest upsampling and the convolution behind it are one 2x2 convolution with four times the
 channels on the small image (exact, 4 / 9 of the products); the depthwise 5x5 is a sum of shifted products, which
@@ -6,6 +9,7 @@ Inductor makes one pass of; the grouped 1x1 is a batched product; linear attenti
 kernels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,7 +35,7 @@ ONE_PASS = {"realize_acc_reads_threshold": 64, "realize_reads_threshold": 64, "r
 
 @dataclass(frozen=True)
 class DecoderLayout:
-    """What the piece is made for: latent size, dtype, kernels, and how three kinds of layers are computed."""
+    """What the pieces are made for: latent size, dtype, kernels, and how three kinds of layers are computed."""
 
     config: AutoencoderConfig
     dtype: torch.dtype
@@ -43,57 +47,74 @@ class DecoderLayout:
     grouped: Grouped = "batched"
 
 
-def decoder_piece(layout: DecoderLayout) -> Piece:
-    """latent [1, 32, h, w] fp32 -> image [1, 32h, 32w, 3] uint8."""
+def decoder_pieces(layout: DecoderLayout) -> tuple[Piece, ...]:
+    """In the order of their calls: latent [1, 32, h, w] fp32 -> image [1, 32h, 32w, 3] uint8."""
     config = layout.config
+    together: list[list[int]] = []
+    for stage in reversed(range(len(config.decoder_channels))):
+        if together and config.decoder_blocks[stage] == config.decoder_blocks[together[-1][-1]] == "ResBlock":
+            together[-1].append(stage)
+        else:
+            together.append([stage])
+    return tuple(_stages_piece(layout, stages) for stages in together)
 
-    def decode(t: Tensors) -> tuple[torch.Tensor, ...]:
-        latent = (t["latent"] / config.scaling_factor).to(layout.dtype).permute(0, 2, 3, 1).contiguous()
-        channels = config.decoder_channels[-1]
-        x = _convolution(latent, t, "conv_in")
-        x = x + latent.repeat_interleave(channels // config.latent_channels, dim=-1)
-        for stage in reversed(range(len(config.decoder_channels))):
-            if stage < len(config.decoder_channels) - 1:
-                x = _upsampled(x, t, f"stages.{stage}.upsample", layout)
-            for i in range(config.decoder_layers[stage]):
-                name = f"stages.{stage}.blocks.{i}"
-                if config.decoder_blocks[stage] == "ResBlock":
-                    x = _res_block(x, t, name)
-                else:
-                    x = _attention_block(x, t, name, layout, bool(config.decoder_multiscales[stage]))
-        x = F.relu(_norm(x, t, "norm_out"))
-        pixels = _convolution(x, t, "conv_out").float() * 0.5 + 0.5
-        return ((pixels.clamp(0, 1) * 255).round().to(torch.uint8),)
+
+def decoder_calls(pieces: Sequence[Piece]) -> tuple[Call, ...]:
+    """Those of one picture, for weights named as the reference names them."""
+    values = ["latent", *(f"x.{i}" for i in range(1, len(pieces))), "image"]
+    return tuple(Call(piece.name, (values[i], *piece.inputs[1:]), (values[i + 1],)) for i, piece in enumerate(pieces))
+
+
+def _stages_piece(layout: DecoderLayout, stages: Sequence[int]) -> Piece:
+    """What the stage before gives -> [1, H, W, C]; the first one takes the latent and the last one gives the image."""
+
+    def compute(t: Tensors) -> tuple[torch.Tensor, ...]:
+        x = t["x"]
+        for stage in stages:
+            x = _stage(x, t, layout, stage)
+        return (x,)
 
     options = ONE_PASS if layout.depthwise == "shifted" else {}
-    return Piece("decoder", ("latent", *decoder_weights(config)), decode, options)
+    weights = [name for stage in stages for name in _stage_weights(layout.config, stage)]
+    return Piece(f"stages_{stages[0]}_to_{stages[-1]}", ("x", *weights), compute, options)
 
 
-def decoder_weights(config: AutoencoderConfig) -> tuple[str, ...]:
-    """The names of all weights, as the reference names them."""
+def _stage(x: torch.Tensor, t: Tensors, layout: DecoderLayout, stage: int) -> torch.Tensor:
+    config = layout.config
+    first = stage == len(config.decoder_channels) - 1
+    x = _stem(x, t, layout) if first else _upsampled(x, t, f"stages.{stage}.upsample", layout)
+    for i in range(config.decoder_layers[stage]):
+        name = f"stages.{stage}.blocks.{i}"
+        if config.decoder_blocks[stage] == "ResBlock":
+            x = _res_block(x, t, name)
+        else:
+            x = _attention_block(x, t, name, layout, bool(config.decoder_multiscales[stage]))
+    return x if stage else _pixels(x, t)
+
+
+def _stage_weights(config: AutoencoderConfig, stage: int) -> list[str]:
+    """The names of all weights of a stage, as the reference names them."""
 
     def pair(name: str) -> list[str]:
         return [f"{name}.weight", f"{name}.bias"]
 
-    names = pair("conv_in")
-    for stage, layers in enumerate(config.decoder_layers):
-        if stage < len(config.decoder_channels) - 1:
-            names += pair(f"stages.{stage}.upsample")
-        for block in (f"stages.{stage}.blocks.{i}" for i in range(layers)):
-            if config.decoder_blocks[stage] == "ResBlock":
-                names += [*pair(f"{block}.conv1"), f"{block}.conv2.weight", *pair(f"{block}.norm")]
-                continue
-            attention, ffn = f"{block}.linear_attention", f"{block}.mix_ffn"
-            names += [f"{attention}.qkv.weight", f"{attention}.to_out.weight", *pair(f"{attention}.norm")]
-            if config.decoder_multiscales[stage]:
-                names += [f"{attention}.multiscale.conv_{kind}.weight" for kind in ("depth", "group")]
-            names += [*pair(f"{ffn}.conv_inverted"), *pair(f"{ffn}.conv_depth"), f"{ffn}.conv_point.weight"]
-            names += pair(f"{ffn}.norm")
-    return (*names, *pair("norm_out"), *pair("conv_out"))
+    first = stage == len(config.decoder_channels) - 1
+    names = pair("conv_in" if first else f"stages.{stage}.upsample")
+    for block in (f"stages.{stage}.blocks.{i}" for i in range(config.decoder_layers[stage])):
+        if config.decoder_blocks[stage] == "ResBlock":
+            names += [*pair(f"{block}.conv1"), f"{block}.conv2.weight", *pair(f"{block}.norm")]
+            continue
+        attention, ffn = f"{block}.linear_attention", f"{block}.mix_ffn"
+        names += [f"{attention}.qkv.weight", f"{attention}.to_out.weight", *pair(f"{attention}.norm")]
+        if config.decoder_multiscales[stage]:
+            names += [f"{attention}.multiscale.conv_{kind}.weight" for kind in ("depth", "group")]
+        names += [*pair(f"{ffn}.conv_inverted"), *pair(f"{ffn}.conv_depth"), f"{ffn}.conv_point.weight"]
+        names += pair(f"{ffn}.norm")
+    return names if stage else [*names, *pair("norm_out"), *pair("conv_out")]
 
 
 def stored_weight(name: str, weight: torch.Tensor, upsampling: Upsampling = "phases") -> torch.Tensor:
-    """A weight of the reference as the piece takes it; `name` as in `decoder_weights`, in any float dtype."""
+    """A weight of the reference as the pieces take it; `name` as the reference's, in any float dtype."""
     if name.endswith(".conv_depth.weight"):
         return weight.flatten(1).t().contiguous()  # [taps, C]
     if name.endswith(".conv_group.weight"):
@@ -117,9 +138,17 @@ def phase_weight(weight: torch.Tensor) -> torch.Tensor:
     return phases.flatten(0, 2).to(weight.dtype)
 
 
-def decoder_calls(piece: Piece) -> tuple[Call, ...]:
-    """The one call of a picture."""
-    return (Call(piece.name, piece.inputs, ("image",)),)
+def _stem(latent: torch.Tensor, t: Tensors, layout: DecoderLayout) -> torch.Tensor:
+    """The first convolution plus its shortcut, the repeated channels of the latent."""
+    config = layout.config
+    latent = (latent / config.scaling_factor).to(layout.dtype).permute(0, 2, 3, 1).contiguous()
+    repeats = config.decoder_channels[-1] // config.latent_channels
+    return _convolution(latent, t, "conv_in") + latent.repeat_interleave(repeats, dim=-1)
+
+
+def _pixels(x: torch.Tensor, t: Tensors) -> torch.Tensor:
+    pixels = _convolution(F.relu(_norm(x, t, "norm_out")), t, "conv_out").float() * 0.5 + 0.5
+    return (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def _first(x: torch.Tensor) -> torch.Tensor:

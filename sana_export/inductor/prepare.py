@@ -10,7 +10,7 @@ from sana_calibration.quantize import activation_scale, quantize_weight
 from sana_calibration.rules import LayerRule, PerTensor
 from sana_calibration.scales import LayerScales
 from sana_export.components import ComponentPlan
-from sana_export.inductor import decoder as decoder_pieces
+from sana_export.inductor import decoder as dc_ae
 from sana_export.inductor import text_encoder as gemma
 from sana_export.inductor import transformer as dit
 from sana_export.inductor.linear import LinearForm
@@ -149,7 +149,7 @@ def prepare(
     if plan.name == "text_encoder":
         return _prepare_text_encoder(checkpoint, weights, quantized, tokens, impl)
     autoencoder = AutoencoderConfig.from_upstream(checkpoint.vae_config)
-    decoder = decoder_pieces.DecoderLayout(autoencoder, dtype, height, width, impl)
+    decoder = dc_ae.DecoderLayout(autoencoder, dtype, height, width, impl)
     if impl == "reference":
         # The shifted sums are made for the GPU; a C++ compiler takes minutes over them.
         decoder = replace(decoder, depthwise="library", grouped="library")
@@ -349,22 +349,22 @@ def _packed(names: list[str], weights: Weights, quantized: _Quantized) -> tuple[
     return form, packed
 
 
-def _prepare_decoder(layout: decoder_pieces.DecoderLayout, weights: Weights, quantized: _Quantized) -> Prepared:
+def _prepare_decoder(layout: dc_ae.DecoderLayout, weights: Weights, quantized: _Quantized) -> Prepared:
     if quantized.rules:
         quantized.notes.append(
             f"vae_decoder: {len(quantized.rules)} convolutions stay in the base dtype: this target has no 8-bit ones"
         )
-    piece = decoder_pieces.decoder_piece(layout)
+    pieces = dc_ae.decoder_pieces(layout)
     stored = {}
-    for name in decoder_pieces.decoder_weights(layout.config):
+    for name in (name for piece in pieces for name in piece.inputs[1:]):
         stored[name] = _stored_for_decoder(name, cast(weights[name], layout.dtype), layout)
-    calls = decoder_pieces.decoder_calls(piece)
-    return _checked(Prepared({piece.name: piece}, (), calls, stored, tuple(quantized.notes)), weights)
+    by_name = {piece.name: piece for piece in pieces}
+    return _checked(Prepared(by_name, (), dc_ae.decoder_calls(pieces), stored, tuple(quantized.notes)), weights)
 
 
-def _stored_for_decoder(name: str, tensor: LazyTensor, layout: decoder_pieces.DecoderLayout) -> LazyTensor:
+def _stored_for_decoder(name: str, tensor: LazyTensor, layout: dc_ae.DecoderLayout) -> LazyTensor:
     def change(weight: torch.Tensor) -> torch.Tensor:
-        return decoder_pieces.stored_weight(name, weight, layout.upsampling)
+        return dc_ae.stored_weight(name, weight, layout.upsampling)
 
     # On virtual memory: only the shape is wanted.
     shape = tuple(change(torch.empty(tensor.shape, dtype=tensor.dtype)).shape)

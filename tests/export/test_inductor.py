@@ -21,7 +21,7 @@ from sana_calibration.smoothing import layer_scales_of_channels
 from sana_export.calibration_run import rules_of
 from sana_export.components import ComponentPlan, loaded_module, plan_components
 from sana_export.inductor import text_encoder
-from sana_export.inductor.decoder import decoder_piece, phase_weight, stored_weight
+from sana_export.inductor.decoder import DecoderLayout, decoder_calls, decoder_pieces, phase_weight, stored_weight
 from sana_export.inductor.linear import FP8, INT8, LinearForm, linear
 from sana_export.inductor.prepare import Prepared, prepare
 from sana_export.inductor.transformer import stored_taps, taps_view
@@ -325,18 +325,18 @@ def test_the_clip_of_fp16_era_weights_is_kept() -> None:
 @pytest.mark.parametrize("upsampling", ["phases", "interpolate"])
 @pytest.mark.parametrize("mixing", ["ours", "library"])
 def test_every_way_to_decode_gives_the_same_picture(upsampling: str, mixing: str) -> None:
-    from sana_export.inductor.decoder import DecoderLayout
-
     plan = plan_of("random:tiny", "fp32", "vae_decoder")
     ck = checkpoint("random:tiny")
     config = AutoencoderConfig.from_upstream(ck.vae_config)
     ways = ("library", "library") if mixing == "library" else ("shifted", "batched")
     layout = DecoderLayout(config, torch.float32, HEIGHT // 32, WIDTH // 32, "reference", upsampling, *ways)  # type: ignore[arg-type]
-    piece = decoder_piece(layout)
+    pieces = decoder_pieces(layout)
     feeds, weights = feeds_of(plan), ck.weights("vae_decoder")
-    tensors = [stored_weight(name, weights[name].load(), layout.upsampling) for name in piece.inputs[1:]]
+    values = {n: stored_weight(n, weights[n].load(), layout.upsampling) for piece in pieces for n in piece.inputs[1:]}
+    values["latent"] = feeds["latent"]
     with torch.no_grad():
-        found = {"image": piece(feeds["latent"], *tensors)[0]}
+        run_calls(decoder_calls(pieces), {piece.name: piece for piece in pieces}, values, frozenset({"image"}))
+    found = {"image": values["image"]}
     compare(plan, found, reference_outputs(loaded_module(plan, ck), plan, feeds), "float32")
 
 

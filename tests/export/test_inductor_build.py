@@ -32,7 +32,7 @@ PROMPT = "A red circle, left of a Blue square"
 PIECES = {
     "text_encoder": {"prefix_embed", "prefix_layer", "embed", "layer", "final"},
     "transformer": {"caption", "embed", "block", "head"},
-    "vae_decoder": {"decoder"},
+    "vae_decoder": {"stages_5_to_5", "stages_4_to_4", "stages_3_to_3", "stages_2_to_0"},
 }
 
 
