@@ -1,7 +1,7 @@
 """The DC-AE decoder over pixels [B, H, W, C], channels last throughout, in pieces of one stage or several.
 
-Several processes share the compilation, and a stage ends before a convolution, across which nothing could be fused. What
-a piece is given stays in memory until it ends; so the large stages, which have few operators, are one piece.
+Several processes share the compilation, and a stage ends before a convolution, across which nothing could be fused.
+What a piece is given stays in memory until it ends; so the large stages, which have few operators, are one piece.
 
 Against `reference.dc_ae`: nearest upsampling and the convolution behind it are one 2x2 convolution with four times the
 channels on the small image (exact, 4 / 9 of the products); the depthwise 5x5 is a sum of shifted products, which
