@@ -13,6 +13,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -229,17 +230,36 @@ def chart_rows(rows: Sequence[RowDict]) -> list[RowDict]:
 
 
 def plot(rows: Sequence[RowDict], path: Path) -> None:
-    """Bars of the picture's time, one group per model, floors as ticks."""
+    """Bars of the picture's time, one panel per device, floors as ticks."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     mpl.rcParams.update({"svg.hashsalt": "sana-export", "svg.fonttype": "none", "font.size": 9})
     from matplotlib import pyplot
 
-    shown = sorted(chart_rows(rows), key=lambda row: (row["model"], float(row["p50_ms"])))
+    devices = grouped(chart_rows(rows), "device")
+    counts = [len(found) for found in devices.values()]
+    figure, panels = pyplot.subplots(
+        len(devices),
+        squeeze=False,
+        sharex=True,
+        figsize=(9, 0.5 * (1 + len(devices)) + 0.32 * sum(counts)),
+        height_ratios=counts,
+        layout="constrained",
+    )
+    for axes, (device, found) in zip(panels.flat, devices.items(), strict=True):
+        _bars(axes, sorted(found, key=lambda row: (row["model"], float(row["p50_ms"]))))
+        axes.set_title(device, loc="left", fontsize=9)
+    panels.flat[-1].set_xlabel(f"milliseconds per picture, {_PLOTTED_SIDE} px (red: floor)")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def _bars(axes: Any, shown: Sequence[RowDict]) -> None:
+    """One device's."""
     labels = [f"{row['model']}  {row['subject']}, {row['precision']}" for row in shown]
     colours = ["#4878a8" if row["subject"].startswith(OURS) else "#b8b8b8" for row in shown]
-    figure, axes = pyplot.subplots(figsize=(9, 0.5 + 0.32 * len(shown)), layout="constrained")
     positions = range(len(shown))
     axes.barh(positions, [float(row["p50_ms"]) for row in shown], color=colours)
     for position, row in enumerate(shown):
@@ -248,11 +268,7 @@ def plot(rows: Sequence[RowDict], path: Path) -> None:
         axes.text(float(row["p50_ms"]), position, f" {float(row['p50_ms']):.0f}", va="center")
     axes.set_yticks(positions, labels)
     axes.invert_yaxis()
-    axes.set_xlabel(f"milliseconds per picture, {_PLOTTED_SIDE} px, {shown[0]['device']} (red: floor)")
     axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
 
 
 # --- Quality ---
