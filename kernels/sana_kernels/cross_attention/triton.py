@@ -24,14 +24,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SMALLEST_PIECE = 16
 _LOG2_E = 1.4426950408889634
 # What a key outside the block gets for a score: its weight is zero beside any other.
-_ABSENT = tl.constexpr(-1.0e30)
+ABSENT = tl.constexpr(-1.0e30)
 
 
 # --- Device code ---
 
 
 @triton.jit
-def _product(left, right, total):
+def product(left, right, total):
     """total + left [M, K] times right [K, N], multiplied in their own dtype and added in fp32."""
     if INTERPRETED:  # it multiplies bf16 as the integers it keeps them in
         left = left.to(tl.float32)
@@ -76,19 +76,19 @@ def cross_attention_kernel(
         e = HEAD_DIM - REST + tl.arange(0, REST)
         rest_query = tl.load(query_ptr + row + e[None, :], mask=present & (e >= PIECE)[None, :], other=0.0)
         rest_out = tl.zeros([BLOCK_N, REST], tl.float32)
-    largest = tl.full([BLOCK_N], _ABSENT, tl.float32)
+    largest = tl.full([BLOCK_N], ABSENT, tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     count = tl.load(counts_ptr + batch)
     for start in range(0, count, BLOCK_S):
         at = tl.minimum(start + s, count - 1)
         ptrs = key_value_ptr + at[:, None] * (2 * channels)
         key = tl.load(ptrs + d[None, :])
-        scores = _product(query, tl.trans(key), tl.zeros([BLOCK_N, BLOCK_S], tl.float32))
+        scores = product(query, tl.trans(key), tl.zeros([BLOCK_N, BLOCK_S], tl.float32))
         if REST > 0:
             rest_key = tl.load(ptrs + e[None, :])
-            scores = _product(rest_query, tl.trans(rest_key), scores)
+            scores = product(rest_query, tl.trans(rest_key), scores)
         bias = tl.load(bias_ptr + at) * 1.4426950408889634  # log2(e)
-        bias = tl.where(start + s < count, bias, _ABSENT)
+        bias = tl.where(start + s < count, bias, ABSENT)
         scores = scores * SCALE + bias[None, :]
         higher = tl.maximum(largest, tl.max(scores, axis=1))
         weights = tl.exp2(scores - higher[:, None])
@@ -96,10 +96,10 @@ def cross_attention_kernel(
         total = total * shrink + tl.sum(weights, axis=1)
         value = tl.load(ptrs + channels + d[None, :])
         narrow_weights = narrow(weights, 1.0, value.dtype)
-        out = _product(narrow_weights, value, out * shrink[:, None])
+        out = product(narrow_weights, value, out * shrink[:, None])
         if REST > 0:
             rest_value = tl.load(ptrs + channels + e[None, :])
-            rest_out = _product(narrow_weights, rest_value, rest_out * shrink[:, None])
+            rest_out = product(narrow_weights, rest_value, rest_out * shrink[:, None])
         largest = higher
     out = narrow(out / total[:, None], inverse, out_ptr.dtype.element_ty)
     tl.store(out_ptr + row + d[None, :], out, mask=present)

@@ -14,25 +14,14 @@ import torch
 import triton
 import triton.language as tl
 
+from sana_kernels.cross_attention.triton import ABSENT, product
 from sana_kernels.gemma_attention.reference import rotated, split_heads
-from sana_kernels.machine import INTERPRETED, ON_CPU, UnsupportedByTriton
+from sana_kernels.machine import ON_CPU, UnsupportedByTriton
 from sana_kernels.mix_ffn_depthwise.triton import launcher, narrow
 
 DTYPES = (torch.bfloat16, torch.float16)
-# What a key outside the block gets for a score: its weight is zero beside any other.
-_ABSENT = tl.constexpr(-1.0e30)
-
 
 # --- Device code ---
-
-
-@triton.jit
-def _product(left, right, total):
-    """total + left [M, K] times right [K, N], multiplied in their own dtype and added in fp32."""
-    if INTERPRETED:  # it multiplies bf16 as the integers it keeps them in
-        left = left.to(tl.float32)
-        right = right.to(tl.float32)
-    return tl.dot(left, right, total, input_precision="ieee")
 
 
 @triton.jit
@@ -81,7 +70,7 @@ def gemma_attention_kernel(
     key_ptr += key_head * tokens * HEAD_DIM
     value_ptr = qkv_ptr + (HEADS + KEY_HEADS + key_head) * HEAD_DIM
     out = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
-    largest = tl.full([BLOCK_M], _ABSENT, tl.float32)
+    largest = tl.full([BLOCK_M], ABSENT, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     end = past + tl.minimum(tokens, (block + 1) * BLOCK_M)
     for start in range(0, end, BLOCK_N):
@@ -91,19 +80,19 @@ def gemma_attention_kernel(
         own_row = tl.maximum(at - past, 0)[:, None]
         key_ptrs = tl.where(kept, past_key_ptr + kept_row, key_ptr + own_row * HEAD_DIM) + half
         scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        scores = _product(turned_low, tl.trans(tl.load(key_ptrs)), scores)
-        scores = _product(turned_high, tl.trans(tl.load(key_ptrs + HALF)), scores) * SCALE
+        scores = product(turned_low, tl.trans(tl.load(key_ptrs)), scores)
+        scores = product(turned_high, tl.trans(tl.load(key_ptrs + HALF)), scores) * SCALE
         if SOFT_CAP > 0:
             # tanh(x) = 1 - 2 / (exp(2 x) + 1), right for infinities too.
             scores = SOFT_CAP * (1.0 - 2.0 / (tl.exp(scores * (2.0 / SOFT_CAP)) + 1.0))
         seen = (start + n)[None, :] <= past + m[:, None]
-        scores = tl.where(seen & (start + n < end)[None, :], scores + tl.load(bias_ptr + at)[None, :], _ABSENT)
+        scores = tl.where(seen & (start + n < end)[None, :], scores + tl.load(bias_ptr + at)[None, :], ABSENT)
         higher = tl.maximum(largest, tl.max(scores, axis=1))
         weights = tl.exp(scores - higher[:, None])
         shrink = tl.exp(largest - higher)
         total = total * shrink + tl.sum(weights, axis=1)
         value = tl.load(tl.where(kept, past_value_ptr + kept_row, value_ptr + own_row * WIDTH) + d)
-        out = _product(narrow(weights, 1.0, value.dtype), value, out * shrink[:, None])
+        out = product(narrow(weights, 1.0, value.dtype), value, out * shrink[:, None])
         largest = higher
 
     out = narrow(out / total[:, None], 1.0, out_ptr.dtype.element_ty)

@@ -128,9 +128,8 @@ _PARTS = 4
 
 
 def tiling(rows: int, columns: int, depth: int, gated: bool = False) -> Tiling:
-    """Of a product [rows, depth] x [columns, depth]: the fastest on an H100 of what `benchmarks/weight_only_linear.py
-    --sweep` tries for the layers of a Gemma-2-2B, sums of parts taken to cost nothing where another pass makes them.
-    What is gated needs whole sums.
+    """Of a product [rows, depth] x [columns, depth]: by `benchmarks/weight_only_linear.py --sweep` on an H100 for the
+    layers of a Gemma-2-2B (README.md). What is gated needs whole sums.
     """
     tile = Tiling()
     programs = -(-rows // tile.rows) * -(-columns // tile.columns)
