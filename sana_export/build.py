@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sana_export import __version__
 from sana_export.build_request import BuildRequest
-from sana_export.bundle import open_staging
+from sana_export.bundle import open_source, open_staging
 from sana_export.components import ComponentPlan, plan_components
 from sana_export.inductor.workers import Workers
 from sana_export.prompting import scheduler_entry
@@ -35,6 +35,7 @@ def build(request: BuildRequest, reporter: Reporter) -> Manifest:
     Raises `SanaError` for every mistake and failure; then the output is as it was before, and finished stages are kept
     for the next run. Returns the manifest of the bundle.
     """
+    sources = tuple(open_source(bundle) for bundle in request.reuse)
     recipe = recipe_of(request)
     precision: PrecisionName = base_precision(recipe) if recipe else request.precision  # type: ignore[assignment]
     libraries: dict[TargetName, TensorrtLibrary] = {
@@ -43,7 +44,7 @@ def build(request: BuildRequest, reporter: Reporter) -> Manifest:
     checkpoint = open_checkpoint(request.model, variant=request.variant, base=request.base)
     with (
         _full_disk_is_an_error(request.output),
-        open_staging(request.output) as staging,
+        open_staging(request.output, sources) as staging,
         Workers(request.jobs, staging.folder / "inductor.work") as workers,
     ):
         stages = Stages(request, reporter, checkpoint, libraries, staging, workers)
@@ -91,7 +92,7 @@ def _manifest(
         tokenizer=tokenizer,
         files=stages.staging.files(),
         created_with={"sana-export": __version__, **{name: importlib.metadata.version(name) for name in packages}},
-        notes=tuple(f"{entry.name}: {entry.dtype_reason}" for entry in entries if entry.dtype_reason),
+        notes=(*(f"{entry.name}: {entry.dtype_reason}" for entry in entries if entry.dtype_reason), *stages.notes),
         quantization=quantization,
     )
 

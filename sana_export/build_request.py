@@ -54,7 +54,7 @@ class BuildRequest:
     a file, replaces it. `base_precision` is that of what a recipe does not quantise (None: the recipe's own).
     `gate`: judge a quantised build. `plugin`: compile linear attention as the TensorRT plugin, in the form
     `plugin_form`. `jobs`: how many pieces to compile at once for the target `inductor`; None: as many as this machine
-    has room for.
+    has room for. `reuse`: bundles to take finished stages from.
     """
 
     model: str
@@ -73,6 +73,7 @@ class BuildRequest:
     plugin: bool = False
     plugin_form: PluginForm = "class"
     jobs: int | None = None
+    reuse: tuple[Path, ...] = ()
 
     @property
     def recipe_name(self) -> str | None:

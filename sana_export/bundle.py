@@ -5,7 +5,7 @@ one rename that makes the bundle appear whole.
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +13,11 @@ from pathlib import Path
 import msgspec
 
 from sana_runtime.errors import BuildError, BundleError
-from sana_runtime.files import sha256_file, sync_directory, whole_file
-from sana_runtime.manifest import MANIFEST_NAME, FileEntry, Manifest
+from sana_runtime.files import no_space_or, sha256_file, sync_directory, whole_file
+from sana_runtime.manifest import MANIFEST_NAME, FileEntry, Manifest, stays_inside
 
 RECORD_NAME = "build.json"
+_NOT_BUILT = "not built yet"
 
 
 class StageRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -34,6 +35,14 @@ class BuildRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 @dataclass(frozen=True)
+class SourceBundle:
+    """A finished bundle that a build may take stages from. `folder` is as the user named it."""
+
+    folder: Path
+    record: BuildRecord
+
+
+@dataclass(frozen=True)
 class Reuse:
     """Whether a stage can be kept, and the one-line reason."""
 
@@ -42,28 +51,53 @@ class Reuse:
 
 
 class Staging:
-    """The folder a bundle is assembled in; use through `open_staging`."""
+    """The folder a bundle is assembled in, and the bundles it may take stages from; use through `open_staging`."""
 
-    def __init__(self, output: Path, folder: Path) -> None:
+    def __init__(self, output: Path, folder: Path, sources: Sequence[SourceBundle] = ()) -> None:
         self.output = output
         self.folder = folder
         self._record = read_build_record(folder)
+        self._sources = sources
+        # Stage -> what to say of it when it is asked for again: by then it is this folder's own.
+        self._taken: dict[str, str] = {}
 
-    def reusable(self, stage: str, inputs: Mapping[str, str]) -> Reuse:
-        """The stage's record if it was made from exactly `inputs` and its files are intact."""
+    def reuse(self, stage: str, inputs: Mapping[str, str]) -> Reuse:
+        """Keep the stage if it was made from exactly `inputs` and its files are intact: this folder's own, else the
+        first such of the sources, whose files are put into this folder.
+        """
+        own = self._keep(stage, inputs)
+        if own.record is not None:
+            return own
+        reasons = [own.reason]
+        for source in self._sources:
+            found = self._take(source, stage, inputs)
+            if found.record is not None:
+                return found
+            if found.reason not in (_NOT_BUILT, own.reason):
+                reasons.append(f"in {source.folder} {found.reason}")
+        return Reuse(None, "; ".join(reasons))
+
+    def _keep(self, stage: str, inputs: Mapping[str, str]) -> Reuse:
         record = self._record.stages.get(stage)
         if record is None:
-            return Reuse(None, "not built yet")
-        changed = _changes(record.inputs, inputs)
-        if changed:
-            return Reuse(None, "changed: " + ", ".join(changed))
-        for entry in record.files:
-            path = self.folder / entry.path
-            if not path.is_file():
-                return Reuse(None, f"{entry.path} is missing")
-            if path.stat().st_size != entry.size or sha256_file(path) != entry.sha256:
-                return Reuse(None, f"{entry.path} was damaged")
-        return Reuse(record, "same inputs, files intact")
+            return Reuse(None, _NOT_BUILT)
+        if reason := _changed(record, inputs) or _damaged(record, self.folder):
+            return Reuse(None, reason)
+        return Reuse(record, self._taken.get(stage, "same inputs, files intact"))
+
+    def _take(self, source: SourceBundle, stage: str, inputs: Mapping[str, str]) -> Reuse:
+        """A source's stage. What proves to be damaged is left here without a record, as after a crash."""
+        record = source.record.stages.get(stage)
+        if record is None:
+            return Reuse(None, _NOT_BUILT)
+        if reason := _changed(record, inputs) or _take_files(record, source.folder, self.folder):
+            return Reuse(None, reason)
+        # Checked here and not there: another build may replace that bundle at any time.
+        if reason := _damaged(record, self.folder):
+            return Reuse(None, reason)
+        self._remember(stage, record)
+        self._taken[stage] = f"same inputs in {source.folder}, files intact"
+        return Reuse(record, self._taken[stage])
 
     def finish(
         self,
@@ -74,8 +108,7 @@ class Staging:
     ) -> StageRecord:
         """Record a finished stage. `files` lie in the staging folder."""
         record = StageRecord(dict(inputs), tuple(self._entry(path) for path in files), dict(measured))
-        self._record = BuildRecord({**self._record.stages, stage: record})
-        self._write_record()
+        self._remember(stage, record)
         return record
 
     def keep_only(self, stages: set[str]) -> None:
@@ -107,6 +140,10 @@ class Staging:
         sync_directory(self.output.parent)
         shutil.rmtree(replaced, ignore_errors=True)
 
+    def _remember(self, stage: str, record: StageRecord) -> None:
+        self._record = BuildRecord({**self._record.stages, stage: record})
+        self._write_record()
+
     def _entry(self, path: Path) -> FileEntry:
         return FileEntry(path.relative_to(self.folder).as_posix(), path.stat().st_size, sha256_file(path))
 
@@ -117,8 +154,9 @@ class Staging:
 
 
 @contextmanager
-def open_staging(output: Path) -> Iterator[Staging]:
-    """Lock `output` against other builds and yield its staging folder, filled with what a former build left.
+def open_staging(output: Path, sources: Sequence[SourceBundle] = ()) -> Iterator[Staging]:
+    """Lock `output` against other builds and yield its staging folder, filled with what a former build left; it may
+    take stages from `sources`.
 
     Raises `BuildError` when another build holds the lock and `BundleError` when `output` is something else than a
     bundle. The staging folder survives failures and interrupts: the next build resumes from it.
@@ -131,7 +169,48 @@ def open_staging(output: Path) -> Iterator[Staging]:
         if output.exists() and not (folder / RECORD_NAME).exists():
             _link_files(output, folder)
         (folder / MANIFEST_NAME).unlink(missing_ok=True)
-        yield Staging(output, folder)
+        yield Staging(output, folder, sources)
+
+
+def open_source(folder: Path) -> SourceBundle:
+    """Open a bundle to take stages from. Nothing vouches for its record: every path in it is checked.
+
+    Raises `BundleError` for what is no bundle of ours and for a record that was edited.
+    """
+    path = folder / RECORD_NAME
+    try:
+        record = msgspec.json.decode(path.read_bytes(), type=BuildRecord)
+    except OSError as error:
+        raise _no_source(folder, error) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise _edited(path, str(error)) from error
+    for entry in (entry for stage in record.stages.values() for entry in stage.files):
+        if not stays_inside(entry):
+            raise _edited(path, f"file entry {entry.path!r}")
+    return SourceBundle(folder, record)
+
+
+def _no_source(folder: Path, error: OSError) -> BundleError:
+    received = f"{RECORD_NAME}: {error.strerror}"
+    if isinstance(error, FileNotFoundError):
+        received = f"a directory without {RECORD_NAME}" if folder.is_dir() else "no such directory"
+    elif isinstance(error, NotADirectoryError):
+        received = "a file"
+    return BundleError(
+        f"--reuse {folder} is not a bundle of ours",
+        received=received,
+        expected=f"a directory with {RECORD_NAME}, written by `sana-export build`",
+        action="name a finished bundle, or leave --reuse away",
+    )
+
+
+def _edited(path: Path, received: str) -> BundleError:
+    return BundleError(
+        f"{path} is not a bundle's record, or was damaged or edited",
+        received=received,
+        expected="the record as `sana-export build` wrote it, with paths inside of the bundle",
+        action="name another bundle, or leave --reuse away",
+    )
 
 
 def _check_output(output: Path) -> None:
@@ -199,28 +278,63 @@ def _remove_partial_files(folder: Path) -> None:
 
 
 def _link_files(source: Path, target: Path) -> None:
-    """Hard links to a finished bundle's files, copies where the file system has none; the record last, so that a
-    crash leaves none. Every writer here replaces files and never edits them.
-    """
-
-    def link(origin: str, copy: str) -> str:
-        Path(copy).unlink(missing_ok=True)
-        try:
-            os.link(origin, copy)
-        except OSError:
-            shutil.copy2(origin, copy)
-        return copy
-
+    """Hard links to a finished bundle's files; the record last, so that a crash leaves none."""
     record = source / RECORD_NAME
     shutil.copytree(
         source,
         target,
-        copy_function=link,
+        copy_function=_link,
         ignore=shutil.ignore_patterns(RECORD_NAME, MANIFEST_NAME),
         dirs_exist_ok=True,
     )
     if record.exists():
-        link(str(record), str(target / RECORD_NAME))
+        _link(str(record), str(target / RECORD_NAME))
+
+
+def _link(origin: str, copy: str) -> str:
+    """A hard link to a file, a copy where the file system has none. Every writer here replaces files and never edits
+    them.
+    """
+    Path(copy).unlink(missing_ok=True)
+    try:
+        os.link(origin, copy)
+    except OSError:
+        shutil.copy2(origin, copy)
+    return copy
+
+
+def _take_files(record: StageRecord, source: Path, target: Path) -> str:
+    """Link a stage's files into `target`; what was in the way of it, empty if nothing was."""
+    for entry in record.files:
+        # A symbolic link may mean nothing in another folder.
+        origin, copy = (source / entry.path).resolve(), target / entry.path
+        try:
+            if not origin.is_file():
+                return f"{entry.path} is missing"
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            _link(str(origin), str(copy))
+        except OSError as error:
+            if no_space_or(error, copy) is not error:
+                raise
+            return f"{entry.path} cannot be taken: {error.strerror}"
+    return ""
+
+
+def _changed(record: StageRecord, inputs: Mapping[str, str]) -> str:
+    """Which inputs a stage was made from that are not `inputs`; empty for none."""
+    changes = _changes(record.inputs, inputs)
+    return f"changed: {', '.join(changes)}" if changes else ""
+
+
+def _damaged(record: StageRecord, folder: Path) -> str:
+    """Which of a stage's files in `folder` is not what was recorded; empty if all are intact."""
+    for entry in record.files:
+        path = folder / entry.path
+        if not path.is_file():
+            return f"{entry.path} is missing"
+        if path.stat().st_size != entry.size or sha256_file(path) != entry.sha256:
+            return f"{entry.path} was damaged"
+    return ""
 
 
 def _changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:

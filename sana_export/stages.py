@@ -47,6 +47,7 @@ from sana_plugins.aot import compile_kernels, kernel_files
 from sana_runtime.contract import COMPONENTS, TargetName
 from sana_runtime.errors import BuildError
 from sana_runtime.files import sha256_file, whole_file
+from sana_runtime.inductor_engine import machine_device
 from sana_runtime.manifest import ComponentEntry, EngineEntry, FileEntry, GateEntry, QuantizationEntry, TokenizerEntry
 from sana_runtime.plan_builder import PlanProgress, build_plan
 from sana_runtime.plugins import PluginForm
@@ -99,11 +100,12 @@ class Stages:
     scales: Scales | None = None
     plugin_files: tuple[FileEntry, ...] = ()
     done: dict[str, StageRecord] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     _begun: dict[str, Begun] = field(default_factory=dict)
 
     def run(self, name: str, inputs: Mapping[str, str], make: Callable[[], Made]) -> StageRecord:
         """Reuse the stage or run `make`, which returns the files it wrote and what it measured."""
-        reuse = self.staging.reusable(name, inputs)
+        reuse = self.staging.reuse(name, inputs)
         if reuse.record is not None:
             self.reporter.stage_reused(name, reuse.record, reuse.reason)
             self.done[name] = reuse.record
@@ -299,8 +301,9 @@ class Stages:
         if plan.name != "text_encoder":
             inputs["height x width"] = f"{request.height} x {request.width}"
         if self.quantized:
+            # All of it: quantization.json names the recipe.
             inputs["recipe"] = self.quantized.recipe.digest
-            inputs["calibration"] = self.scales.digest if self.scales else "none"
+            inputs["calibration"] = self.scales.component_digest(plan.name) if self.scales else "none"
         return inputs
 
     def _export(self, plan: ComponentPlan) -> Made:
@@ -393,6 +396,9 @@ class Stages:
 
         inputs = {entry.path: entry.sha256 for entry in (*graph_files, *plugins)}
         inputs |= {"builder": library.builder_name, "builder version": library.version}
+        if target == "tensorrt":
+            # It compiles for the GPU that it runs on.
+            inputs["device"] = machine_device()
         self.run(stage, inputs, make)
         # The quick form's kernels are inside the plan.
         travelling = plugins if form == "class" else ()
@@ -402,25 +408,28 @@ class Stages:
     def _inductor(self, plan: ComponentPlan, digest: str) -> EngineEntry:
         """The component's pieces, compiled for this machine."""
         name, compiler = f"{plan.name}/inductor", self._compiler()
+        # What is said of the recipe, and refused of it, is this request's, also where the files come from another one.
+        notes = compiler.prepare(plan).notes
 
         def make() -> Made:
             if self.workers.jobs > 1:
                 # The next components are compiled meanwhile, the decoder, whose pieces take longest, first.
                 for other in reversed(self.plans[self.plans.index(plan) + 1 :]):
                     inputs = compiler.inputs(other, self.checkpoint.digest(other.name))
-                    if self.staging.reusable(f"{other.name}/inductor", inputs).record is None:
+                    if self.staging.reuse(f"{other.name}/inductor", inputs).record is None:
                         self._begin(other)
             self._begin(plan)
 
             def show(done: int, total: int, piece: str) -> None:
                 self.reporter.stage_progress(name, done / total, f"compiling {piece}")
 
-            files, notes = compiler.finish(self._begun.pop(plan.name), self._inductor_folder(plan), show)
-            return files, {"pieces": len(files) - 2, "notes": "; ".join(notes)}
+            files = compiler.finish(self._begun.pop(plan.name), self._inductor_folder(plan), show)
+            return files, {"pieces": sum(path.suffix == ".pt2" for path in files)}
 
         record = self.run(name, compiler.inputs(plan, digest), make)
-        if notes := str(record.measured["notes"]):
-            self.reporter.note(notes)
+        if notes:
+            self.notes += notes
+            self.reporter.note("; ".join(notes))
         files = tuple(entry.path for entry in record.files)
         return EngineEntry("inductor", files, "AOTInductor", compiler.torch_version, device=compiler.device)
 

@@ -1,7 +1,7 @@
 """Rules of a recipe: which layer of which component is stored and computed in which format, and why others are not."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from typing import Literal, get_args
@@ -167,6 +167,16 @@ class Recipe:
     def excluding(self, more: tuple[Exclusion, ...]) -> "Recipe":
         """The same recipe with further exclusions."""
         return replace(self, exclusions=(*self.exclusions, *more))
+
+
+def rules_digest(rules: Mapping[str, LayerRule]) -> str:
+    """Hex SHA-256 of the rules of a component's layers (name -> rule), whichever patterns they were found by; "none"
+    for no rules.
+    """
+    if not rules:
+        return "none"
+    content = {layer: _content(replace(rule, pattern=layer)) for layer, rule in rules.items()}
+    return hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()
 
 
 def _content(rule: LayerRule) -> dict[str, object]:

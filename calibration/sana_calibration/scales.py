@@ -63,6 +63,11 @@ class Scales:
         """The scales of one component's layers."""
         return self.layers.get(name, {})
 
+    def component_digest(self, name: ComponentName) -> str:
+        """Hex SHA-256 of one component's scales, whatever they were found with; "none" where nothing was measured."""
+        tensors, names = _tensors({name: self.component(name)})
+        return _content_digest(names, tensors) if tensors else "none"
+
     def narrowed(self, layers: Mapping[ComponentName, Collection[str]], recipe: str) -> "Scales":
         """The scales of some of the layers, under the digest of the recipe that quantises only those.
 
@@ -76,7 +81,7 @@ class Scales:
 
     def save(self, path: Path) -> None:
         """Write the cache, whole or not at all."""
-        tensors, names = _tensors(self)
+        tensors, names = _tensors(self.layers)
         metadata = {
             "format": "sana-calibration",
             "version": str(FORMAT_VERSION),
@@ -105,24 +110,30 @@ class Scales:
 
 
 def _digest(scales: Scales) -> str:
-    tensors, names = _tensors(scales)
-    digest = hashlib.sha256(msgspec.json.encode((scales.provenance, names), order="sorted"))
+    tensors, names = _tensors(scales.layers)
+    return _content_digest((scales.provenance, names), tensors)
+
+
+def _content_digest(described: object, tensors: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256(msgspec.json.encode(described, order="sorted"))
     for name in sorted(tensors):
         digest.update(f"{name}{tensors[name].shape}".encode())
         digest.update(np.ascontiguousarray(tensors[name], dtype="<f4").tobytes())
     return digest.hexdigest()
 
 
-def _tensors(scales: Scales) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
+def _tensors(
+    layers_of: Mapping[ComponentName, Mapping[str, LayerScales]],
+) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
     """fp32 arrays named component/layer/what, and the layer names, which weight-only layers appear in alone."""
     tensors: dict[str, np.ndarray] = {}
-    for component, layers in scales.layers.items():
+    for component, layers in layers_of.items():
         for layer, found in layers.items():
             for what in _FIELDS:
                 value = getattr(found, what)
                 if value is not None:
                     tensors[f"{component}/{layer}/{what}"] = np.atleast_1d(np.asarray(value, np.float32))
-    return tensors, {component: sorted(layers) for component, layers in sorted(scales.layers.items())}
+    return tensors, {component: sorted(layers) for component, layers in sorted(layers_of.items())}
 
 
 def _read(path: Path) -> Scales:

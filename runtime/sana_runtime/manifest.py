@@ -27,6 +27,12 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sha256: str
 
 
+def stays_inside(entry: FileEntry) -> bool:
+    """Whether an entry's path, which nothing vouches for, is one below the folder that it is relative to."""
+    pure = PurePosixPath(entry.path)
+    return not pure.is_absolute() and ".." not in pure.parts
+
+
 class EngineEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One component compiled for one target. `files[0]` is the one to load. `plugin`: how linear attention is compiled;
     the class form's kernels are listed behind the plan, the quick form's are inside it. `device`: the only one that can
@@ -183,8 +189,7 @@ def read_manifest(bundle: Path) -> Manifest:
     if manifest.digest != manifest._content_digest():
         raise _edited(path, f"digest {manifest.digest[:12]}… does not match the content")
     for entry in manifest.files:
-        pure = PurePosixPath(entry.path)
-        if pure.is_absolute() or ".." in pure.parts or entry.size < 0:
+        if not stays_inside(entry) or entry.size < 0:
             raise _edited(path, f"file entry {entry.path!r} of size {entry.size}")
     return manifest
 

@@ -106,6 +106,14 @@ def run(
             help="For target inductor: compile so many pieces at once; without it, as many as CPUs and memory allow.",
         ),
     ] = None,
+    reuse: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            help="A finished bundle, of another size or precision for example: a stage that has the same inputs there "
+            "is taken from it instead of being built again. The bundle is not changed. Repeat it to name several.",
+        ),
+    ] = None,
 ) -> None:
     """Compile a checkpoint into a bundle, component by component.
 
@@ -142,6 +150,7 @@ def run(
         plugin=plugin,
         plugin_form=plugin_form,  # type: ignore[arg-type]
         jobs=jobs,
+        reuse=tuple(dict.fromkeys(reuse or [])),
     )
     from sana_export.build import build
 

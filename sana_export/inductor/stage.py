@@ -10,7 +10,7 @@ import msgspec
 import torch
 
 import sana_kernels
-from sana_calibration.rules import LayerRule
+from sana_calibration.rules import LayerRule, rules_digest
 from sana_calibration.scales import LayerScales, Scales
 from sana_export.build_request import BuildRequest
 from sana_export.components import ComponentPlan
@@ -52,9 +52,9 @@ class InductorStage:
         return "triton" if self.device.startswith("cuda") else "reference"
 
     def inputs(self, plan: ComponentPlan, weights_digest: str) -> dict[str, str]:
-        """Everything that decides what `build` writes."""
+        """Everything that decides the component's files, and nothing else, so that they serve other builds too."""
         configuration = self.checkpoint.config("vae" if plan.name == "vae_decoder" else plan.name)
-        return {
+        inputs = {
             "weights": weights_digest,
             "configuration": hashlib.sha256(msgspec.json.encode(configuration, order="sorted")).hexdigest(),
             "dtype": plan.dtype,
@@ -64,27 +64,34 @@ class InductorStage:
             "torch": self.torch_version,
             "triton": _version_or_none("triton"),
             "inductor code": _code_digest(),
-            "height x width": f"{self.request.height} x {self.request.width}",
-            "recipe": self.quantized.recipe.digest if self.quantized else "none",
-            "calibration": self.scales.digest if self.scales else "none",
         }
+        if plan.name != "text_encoder":
+            inputs["height x width"] = f"{self.request.height} x {self.request.width}"
+        # `prepare` leaves the decoder in the base dtype, and the text encoder's activations.
+        if plan.name != "vae_decoder":
+            inputs["recipe"] = rules_digest(self._rules(plan))
+        if plan.name == "transformer":
+            inputs["calibration"] = self.scales.component_digest(plan.name) if self.scales else "none"
+        return inputs
+
+    def _rules(self, plan: ComponentPlan) -> Mapping[str, LayerRule]:
+        return self.quantized.rules[plan.name] if self.quantized else {}
 
     def prepare(self, plan: ComponentPlan) -> Prepared:
         """A component's pieces, calls and stored tensors."""
-        rules: Mapping[str, LayerRule] = self.quantized.rules[plan.name] if self.quantized else {}
         scales: Mapping[str, LayerScales] = self.scales.component(plan.name) if self.scales else {}
         tokens = plan.inputs[0].shape[-1] if plan.name == "text_encoder" else 0
         height, width = self.request.height // PIXELS_PER_LATENT, self.request.width // PIXELS_PER_LATENT
-        return prepare(self.checkpoint, plan, height, width, tokens, rules, scales, self.impl)
+        return prepare(self.checkpoint, plan, height, width, tokens, self._rules(plan), scales, self.impl)
 
     def begin(self, plan: ComponentPlan, folder: Path, workers: Workers) -> Begun:
         """Begin to compile a component into `folder`."""
         check_cxx()
         return begin_component(self.prepare(plan), plan.inputs, folder, workers)
 
-    def finish(self, begun: Begun, folder: Path, on_piece: OnPiece) -> tuple[list[Path], tuple[str, ...]]:
-        """The component's files, the program first, and notes for people."""
-        return finish_component(begun, folder, on_piece), begun.prepared.notes
+    def finish(self, begun: Begun, folder: Path, on_piece: OnPiece) -> list[Path]:
+        """The component's files, the program first."""
+        return finish_component(begun, folder, on_piece)
 
 
 def _code_digest() -> str:

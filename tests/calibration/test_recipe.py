@@ -22,6 +22,7 @@ from sana_calibration.recipe import (
     recipe_yaml,
     resolve,
 )
+from sana_calibration.rules import rules_digest
 from sana_export.components import ComponentPlan, parameters_on_meta, plan_components
 from sana_export.weights.checkpoint import open_checkpoint
 from sana_runtime.errors import InputError
@@ -215,6 +216,26 @@ def test_a_search_survives_the_file_and_decides_the_digest(recipe_file: Callable
     assert load_recipe(recipe_file(recipe_yaml(recipe))) == recipe
     every = tuple(replace(rule, smoothing_candidates=()) for rule in recipe.rules)
     assert replace(recipe, rules=every).digest != recipe.digest
+
+
+def test_a_digest_of_rules_follows_them_and_not_the_patterns_they_were_found_by() -> None:
+    rule = LayerRule("transformer", "a.*", "int8", "int8", PerChannel(), smoothing_alpha=0.5)
+    found = rules_digest({"a.b": rule, "a.c": rule})
+    assert rules_digest({"a.c": rule, "a.b": replace(rule, pattern="*")}) == found
+    changed = [
+        {"a.b": rule},
+        {"a.b": rule, "a.d": rule},
+        *(
+            {"a.b": rule, "a.c": replace(rule, **change)}
+            for change in (
+                {"activation_dtype": None, "smoothing_alpha": None},
+                {"granularity": PerTensor()},
+                {"smoothing_alpha": 0.6},
+            )
+        ),
+    ]
+    assert len({found, *(rules_digest(rules) for rules in changed)}) == 6
+    assert rules_digest({}) == "none"
 
 
 def test_digest_follows_what_decides_a_calibration() -> None:

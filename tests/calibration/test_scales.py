@@ -56,6 +56,22 @@ def test_digest_covers_values_and_provenance_not_order() -> None:
     assert len({one.digest for one in (*others, scales())}) == 4
 
 
+def test_a_components_digest_covers_its_own_values_alone() -> None:
+    found = scales().component_digest("transformer")
+    elsewhere = msgspec.structs.replace(PROVENANCE, height=1024, seed=8)
+    decoder = {"x": LayerScales(1.0)}
+    others = Scales({**scales().layers, "vae_decoder": decoder}, elsewhere)
+    assert others.component_digest("transformer") == found
+    assert scales(amax=3.5).component_digest("transformer") != found
+    assert len({others.component_digest("vae_decoder"), found, "none"}) == 3
+
+
+def test_nothing_measured_has_no_digest() -> None:
+    weights_only = Scales({"transformer": {"x": LayerScales(None)}}, PROVENANCE)
+    assert weights_only.component_digest("transformer") == "none"
+    assert weights_only.component_digest("text_encoder") == "none"
+
+
 @pytest.mark.parametrize(
     ("weights", "recipe", "says"),
     [

@@ -25,6 +25,8 @@ from sana_export.graph.export import WEIGHTS_FILE, ExportReport
 from sana_runtime.errors import BuildError, BundleError, CheckpointError, InputError, SanaError, TargetError
 from sana_runtime.manifest import read_manifest, verify_files
 from sana_runtime.pipeline import Pipeline
+from sana_runtime.plan_builder import PlanResult
+from sana_runtime.tensorrt_library import TensorrtLibrary
 from tests.export.conftest import Recorder
 
 STAGES = {"tokenizer", "text_encoder/onnx", "transformer/onnx", "vae_decoder/onnx"}
@@ -264,6 +266,24 @@ def test_a_target_without_builder_is_refused_before_work(
     with pytest.raises(TargetError):
         run(replace(request_64, targets=("tensorrt-rtx",)))
     assert not request_64.output.exists()
+
+
+def test_a_plan_of_the_full_tensorrt_is_rebuilt_on_another_device(
+    request_64: BuildRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compiler(source: Path, plan: Path, target: str, **_: object) -> PlanResult:
+        plan.write_bytes(b"plan")
+        return PlanResult(1.0, 1, 4, "TensorRT", "0", 1, 0)
+
+    library = TensorrtLibrary("tensorrt", "vendor", "tensorrt", "0", "0", "a stand-in")
+    monkeypatch.setattr(sana_export.build, "find_tensorrt", lambda target: library)
+    monkeypatch.setattr(sana_export.stages, "build_plan", compiler)
+    wanted = replace(request_64, targets=("tensorrt",), components=("text_encoder",))
+    for device, built in (("cuda sm_87", 3), ("cuda sm_87", 0), ("cuda sm_90", 1)):
+        monkeypatch.setattr(sana_export.stages, "machine_device", lambda device=device: device)
+        found = run(wanted).built
+        assert len(found) == built
+    assert found == {"text_encoder/tensorrt": "changed: device cuda sm_87 -> cuda sm_90"}
 
 
 @pytest.mark.parametrize(
