@@ -1,8 +1,11 @@
 """Write any checkpoint as a diffusers directory that SanaPipeline.from_pretrained can load."""
 
 import json
+import os
 import struct
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ from sana_runtime.files import whole_file
 
 MAX_SHARD_BYTES = 2 << 30
 _ALIGNMENT = 8
+# Tensors in memory at once while a directory is written; random ones are drawn by one thread each.
+_MOST_AHEAD = 8
 
 
 def write_diffusers_directory(
@@ -30,7 +35,8 @@ def write_diffusers_directory(
 ) -> None:
     """Write every component of `checkpoint` under `path`, which must be absent or empty.
 
-    Weights are cast to `dtype` (None: as stored) and written tensor by tensor: memory stays at one tensor.
+    Weights are cast to `dtype` (None: as stored) and written tensor by tensor; the next few are loaded meanwhile, by as
+    many threads as there are CPUs, up to eight.
     `on_bytes` is told the size of each tensor written. model_index.json comes last, so an interrupted write
     is not mistaken for a checkpoint. Raises `CheckpointError` and, for a full disk, `BuildError`.
     """
@@ -101,12 +107,13 @@ def _write_weights(
 ) -> None:
     shards = list(_shards(tensors, dtype, max_shard_bytes))
     if len(shards) == 1:
-        write_safetensors(folder / f"{stem}.safetensors", tensors, dtype, on_bytes)
+        write_safetensors(folder / f"{stem}.safetensors", tensors, dtype, on_bytes, ahead=_ahead())
         return
     weight_map = {}
     for number, names in enumerate(shards, start=1):
         file_name = f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
-        write_safetensors(folder / file_name, {name: tensors[name] for name in names}, dtype, on_bytes)
+        chosen = {name: tensors[name] for name in names}
+        write_safetensors(folder / file_name, chosen, dtype, on_bytes, ahead=_ahead())
         weight_map.update(dict.fromkeys(names, file_name))
     total = sum(_size(tensor, dtype) for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -136,8 +143,12 @@ def write_safetensors(
     tensors: dict[str, LazyTensor],
     dtype: torch.dtype | None = None,
     on_bytes: OnBytes | None = None,
+    *,
+    ahead: int = 0,
 ) -> None:
-    """Write tensors in order, one in memory at a time, cast to `dtype` (None: as stored)."""
+    """Write tensors in order, cast to `dtype` (None: as stored); `ahead`: how many more than one are in memory at a
+    time, loaded by as many threads. Loading must then be safe from several threads.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
@@ -148,8 +159,32 @@ def write_safetensors(
     encoded += b" " * (-len(encoded) % _ALIGNMENT)
     with whole_file(path) as temporary, temporary.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for tensor in tensors.values():
-            loaded = tensor.load().to(dtype or tensor.dtype).contiguous()
+        for loaded in _loaded(tensors.values(), dtype, ahead):
             file.write(loaded.reshape(-1).view(torch.uint8).numpy().data)
             if on_bytes:
                 on_bytes(loaded.nbytes)
+
+
+def _ahead() -> int:
+    return min(_MOST_AHEAD, len(os.sched_getaffinity(0))) - 1
+
+
+def _loaded(tensors: Iterable[LazyTensor], dtype: torch.dtype | None, ahead: int) -> Iterator[torch.Tensor]:
+    def load(tensor: LazyTensor) -> torch.Tensor:
+        return tensor.load().to(dtype or tensor.dtype).contiguous()
+
+    if not ahead:
+        yield from map(load, tensors)
+        return
+    with ThreadPoolExecutor(ahead + 1) as threads:
+        waiting: deque[Future[torch.Tensor]] = deque()
+        try:
+            for tensor in tensors:
+                waiting.append(threads.submit(load, tensor))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

@@ -4,6 +4,8 @@ import json
 import resource
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import diffusers
@@ -155,3 +157,42 @@ def test_writing_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     tensor_mib = 32
     assert int(done.stdout) < 4 * tensor_mib, f"peak memory rose by {done.stdout.strip()} MiB for 384 MiB written"
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+def test_loading_ahead_keeps_order_and_bounds_memory(ahead: int, tmp_path: Path) -> None:
+    """Whichever tensor is loaded first; never more than `ahead` beside the one that is written."""
+    lock, alive, most = threading.Lock(), 0, 0
+
+    def made(i: int) -> LazyTensor:
+        def load() -> torch.Tensor:
+            nonlocal alive, most
+            with lock:
+                alive += 1
+                most = max(most, alive)
+            time.sleep(0.002 * (i % 3))
+            return torch.full((8,), float(i))
+
+        return LazyTensor((8,), torch.float32, load)
+
+    def written(_: int) -> None:
+        nonlocal alive
+        with lock:
+            alive -= 1
+
+    tensors = {f"t{i}": made(i) for i in range(12)}
+    write_safetensors(tmp_path / "a.safetensors", tensors, on_bytes=written, ahead=ahead)
+    assert most <= ahead + 1
+    found = load_file(tmp_path / "a.safetensors")
+    assert [float(found[name][0]) for name in tensors] == list(range(12))
+
+
+def test_an_error_while_loading_ahead_leaves_no_file(tmp_path: Path) -> None:
+    def broken() -> torch.Tensor:
+        raise CheckpointError("truncated", received="less", expected="more", action="copy it again")
+
+    tensors = {f"t{i}": LazyTensor((1,), torch.float32, lambda: torch.ones(1)) for i in range(5)}
+    tensors["t3"] = LazyTensor((1,), torch.float32, broken)
+    with pytest.raises(CheckpointError, match="truncated"):
+        write_safetensors(tmp_path / "a.safetensors", tensors, ahead=2)
+    assert not [*tmp_path.iterdir()]
