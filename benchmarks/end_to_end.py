@@ -3,6 +3,7 @@
     python benchmarks/end_to_end.py --minutes 8                      # what is missing of the matrix, in pieces
     python benchmarks/end_to_end.py --model random:0.6b --side 1024 --precision fp8 --peer eager
     python benchmarks/end_to_end.py --target onnxruntime --model random:0.6b --side 1024 --peer none
+    python benchmarks/end_to_end.py --model random:0.6b --side 4096 --stage step --stage vae_decoder
     python benchmarks/end_to_end.py --list
 
 For every bundle of the matrix: build, parity (no time is measured on red), engines, then the peers with the same
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(work / "cache" / "inductor"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(work / "cache" / "triton"))
     from sana_export.bench.matrix import MATRIX, Group, Matrix, Settings, say, selected
-    from sana_export.bench.run import Bench
+    from sana_export.bench.run import OUR_STAGES, Bench
     from sana_runtime.errors import SanaError
 
     peers = None if options.peer is None else [] if "none" in options.peer else options.peer
@@ -52,7 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench = Bench(say, options.runs, options.warmup, options.commit, deadline)
     build_arguments = ("--no-gate", *options.build_argument)
     settings = Settings(
-        work, options.rows, options.target, device, options.num_steps, build_arguments, options.retry_errors
+        work,
+        options.rows,
+        options.target,
+        device,
+        options.num_steps,
+        build_arguments,
+        options.retry_errors,
+        tuple(options.stage or OUR_STAGES),
     )
     try:
         finished = Matrix(bench, settings).run(iter(groups))
@@ -69,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--side", action="append", default=[], type=int, help="only these sizes, in pixels")
     add("--precision", action="append", help="only bundles of these precisions")
     add("--peer", action="append", help="only these peers, or none")
+    add("--stage", action="append", help="only these stages: step, vae_decoder, text_encoder, total, ...")
     add("--any", action="store_true", help="measure what is named, whether or not the matrix has it")
     add("--target", default="inductor", help="of the bundles")
     add("--device", choices=("cuda", "cpu"), help="default: the GPU if there is one")

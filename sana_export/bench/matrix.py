@@ -30,7 +30,7 @@ from sana_export.prompting import scheduler_entry, tokenizer_entry
 from sana_export.weights.checkpoint import Checkpoint, open_checkpoint
 from sana_export.weights.write import write_diffusers_directory
 from sana_runtime.contract import TargetName
-from sana_runtime.manifest import read_manifest
+from sana_runtime.manifest import MANIFEST_NAME, read_manifest
 
 MODELS = ("random:0.6b", "random:1.6b")
 PEER_ORDER = ("eager", "compile", "graph", "recipe", "torch-tensorrt")
@@ -87,7 +87,7 @@ def selected(
 @dataclass(frozen=True)
 class Settings:
     """Where and how the matrix runs. `work` keeps checkpoints and bundles between runs; `build_arguments` are passed
-    to `sana-export build`. `device` "cuda" or "cpu". `num_steps` None: the model's.
+    to `sana-export build`. `device` "cuda" or "cpu". `num_steps` None: the model's. `stages` limits what is measured.
     """
 
     work: Path
@@ -97,6 +97,7 @@ class Settings:
     num_steps: int | None = None
     build_arguments: tuple[str, ...] = ()
     retry_errors: bool = False
+    stages: tuple[str, ...] = OUR_STAGES
 
 
 class Matrix:
@@ -135,7 +136,8 @@ class Matrix:
         if reason := _cannot_run(self._settings):
             self._add([make_row(self._machine, case, label, "skipped", error=f"skipped: {reason}")])
             return
-        bundle = self._settings.work / "bundles" / f"{_file_name(case.model)}-{case.precision}-{self._settings.target}"
+        name = f"{_file_name(case.model)}-{case.precision}-{case.width}x{case.height}-{self._settings.target}"
+        bundle = self._settings.work / "bundles" / name
         if problem := self._build(case, bundle):
             self._add([make_row(self._machine, case, label, "build", error=problem)])
             return
@@ -161,6 +163,9 @@ class Matrix:
         started = time.monotonic()
         command = ["sana_export", "build", str(model), "--precision", case.precision, "--target", self._settings.target]
         command += ["--height", str(case.height), "--width", str(case.width), "--output", str(bundle)]
+        # The text encoder is the same at every size.
+        others = bundle.parent.glob(f"{_file_name(case.model)}-*-{self._settings.target}/{MANIFEST_NAME}")
+        command += [f"--reuse={path.parent}" for path in sorted(others) if path.parent != bundle]
         try:
             code = processes.run([*command, *self._settings.build_arguments], log, remaining)
         except subprocess.TimeoutExpired as error:
@@ -221,7 +226,7 @@ class Matrix:
     def _missing(self, case: Case, label: str, stages: Sequence[str]) -> tuple[str, ...]:
         rows = read_rows(self._settings.rows)
         done = done_stages(rows, self._machine, case, label, retry_errors=self._settings.retry_errors)
-        missing = tuple(stage for stage in stages if stage not in done)
+        missing = tuple(stage for stage in stages if stage not in done and stage in self._settings.stages)
         if not missing:
             self._say(f"{_described(case)}, {label}: skipped, measured at this commit, on this device and versions")
         return missing
