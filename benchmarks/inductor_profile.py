@@ -699,14 +699,16 @@ def decoder(session: Session, size: str) -> None:
             subject = f"{name}, {options}"
             with session.part(f"decoder {subject}"):
                 pieces = vae.decoder_pieces(chosen)
-                names = [name for piece in pieces for name in piece.inputs[1:]]
+                names = vae.decoder_weights(chosen)
                 values = {n: vae.stored_weight(n, state[n].bfloat16(), chosen.upsampling) for n in names}
                 started = time.monotonic()
                 fast = {piece.name: compiled(piece, VARIANTS[options]) for piece in pieces}
 
-                def decode(pieces: Any = pieces, fast: Any = fast, values: Values = values) -> torch.Tensor:
+                calls = vae.decoder_calls(chosen)
+
+                def decode(calls: Any = calls, fast: Any = fast, values: Values = values) -> torch.Tensor:
                     found = {**values, "latent": latent}
-                    run_calls(vae.decoder_calls(pieces), fast, found, frozenset({"image"}))
+                    run_calls(calls, fast, found, frozenset({"image"}))
                     return found["image"]
 
                 image = decode().float()
@@ -805,8 +807,10 @@ def one_text_encoder(session: Session, config: Mapping[str, Any], precision: str
     prefix, caption = gemma.text_encoder_calls(pieces, layers)
     kept = frozenset(name for call in prefix for name in call.outputs)
     values = text_encoder_weights(session, config, layout, codes)
-    tokens = torch.randint(0, config["vocab_size"], (1, PROMPT_TOKENS), device=session.device)
-    values |= {"caption_tokens": tokens, "caption_mask": torch.ones_like(tokens)}
+    values["caption_mask"] = torch.ones(1, PROMPT_TOKENS, dtype=torch.int64, device=session.device)
+    for lookup in gemma.text_encoder_lookups(layout):
+        # The host reads as many rows for any tokens: the table's first.
+        values[lookup.output] = values[lookup.table][None, : lookup.end - lookup.first]
     subject = f"{precision} {variant}"
     started = time.monotonic()
     options = dict(VARIANTS[variant])
@@ -860,7 +864,7 @@ def text_encoder_weights(
         found = quantized(name, weight, codes, 1.0)
         return {key: value for key, value in found.items() if not key.endswith("activation_scale")}
 
-    values = stored("embed_tokens", matrix(config["vocab_size"], channels))
+    values = stored("embed_tokens", matrix(PROMPT_TOKENS, channels))
     norm = torch.randn(channels, device=session.device).bfloat16() * 0.1
     values["norm.weight"] = norm
     for i in range(layout.layers):

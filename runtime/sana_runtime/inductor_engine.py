@@ -22,8 +22,8 @@ import numpy.typing as npt
 
 from sana_runtime.contract import TensorSpec
 from sana_runtime.engine import Backend, DeviceMemory, DeviceTensor, Engine, LoopEngine, host_dtype
-from sana_runtime.errors import BundleError, TargetError
-from sana_runtime.inductor_program import FORMAT_VERSION, Program, RunPiece, run_calls
+from sana_runtime.errors import BundleError, InputError, TargetError
+from sana_runtime.inductor_program import FORMAT_VERSION, Call, Lookup, Program, RunPiece, run_calls, value_name
 from sana_runtime.manifest import ComponentEntry, EngineEntry
 
 PROGRAM_NAME = "inductor.json"
@@ -173,17 +173,20 @@ class InductorBackend(Backend):
         path = bundle / entry.files[0]
         program = read_program(path)
         pieces = {name: load_piece(path.parent / file) for name, file in program.pieces.items()}
-        weights = self._weights(path.parent / program.weights)
+        weights = self._stored(path.parent / program.weights, self.memory.device)
+        tables = self._stored(path.parent / program.tables, "cpu") if program.lookups else {}
+        looked_up = _HostTables(self.memory, program.lookups, tables)
         own = {spec.name: _buffer(self.memory.allocate(spec)) for spec in (*component.inputs, *component.outputs)}
         inputs = {spec.name: own[spec.name] for spec in component.inputs}
         outputs = {spec.name: own[spec.name] for spec in component.outputs}
-        work = _Work(self.memory, program, pieces, weights, self._pool, inputs, outputs)
+        work = _Work(self.memory, program, pieces, weights, self._pool, inputs, outputs, looked_up)
         return _ENGINES.get(component.name, InductorEngine)(component, work)
 
-    def _weights(self, path: Path) -> dict[str, Any]:
+    def _stored(self, path: Path, device: Any) -> dict[str, Any]:
+        """A file's tensors; those for the CPU are read from the file as they are used."""
         from_file = importlib.import_module("safetensors.torch").load_file
         try:
-            return dict(from_file(str(path), device=str(self.memory.device)))
+            return dict(from_file(str(path), device=str(device)))
         except Exception as error:  # safetensors raises its own type, which derives from Exception
             raise _damaged(path, error) from error
 
@@ -252,6 +255,49 @@ class _GraphPool:
         return graph
 
 
+class _HostTables:
+    """Rows that the host reads from tables which the device has no copy of. A captured graph reads `values`."""
+
+    def __init__(self, memory: TorchMemory, lookups: Sequence[Lookup], tables: Mapping[str, Any]) -> None:
+        self._memory, self._lookups, self._tables = memory, lookups, tables
+        self.values: dict[str, Any] = {}
+        # Page-locked, so that a copy need not be waited for, and when the last one was done.
+        self._staged: dict[str, tuple[Any, Any]] = {}
+        torch, on_gpu = memory.torch, memory.device.type == "cuda"
+        for lookup in lookups:
+            table = tables[lookup.table]
+            shape = (1, lookup.end - lookup.first, *table.shape[1:])
+            self.values[lookup.output] = torch.zeros(shape, dtype=table.dtype, device=memory.device)
+            if on_gpu:
+                staged = torch.zeros(shape, dtype=table.dtype, pin_memory=True)
+                self._staged[lookup.output] = staged, torch.cuda.Event()
+
+    def read(self, indices: Mapping[str, npt.NDArray[np.generic]], outputs: frozenset[str]) -> None:
+        """Read those of `outputs` that are looked up. Raises `InputError` for an index that the table does not have."""
+        for lookup in self._lookups:
+            if lookup.output in outputs:
+                self._read(lookup, indices[lookup.index][0, lookup.first : lookup.end])
+
+    def _read(self, lookup: Lookup, index: npt.NDArray[np.generic]) -> None:
+        torch, table, value = self._memory.torch, self._tables[lookup.table], self.values[lookup.output]
+        if index.min() < 0 or index.max() >= len(table):
+            raise InputError(
+                f"{lookup.index}: no row of '{lookup.table}' has this number",
+                received=f"{index.min()} to {index.max()}",
+                expected=f"0 to {len(table) - 1}",
+                action="use the tokenizer of the bundle",
+            )
+        rows = torch.from_numpy(index.astype(np.int64))
+        if lookup.output not in self._staged:
+            torch.index_select(table, 0, rows, out=value[0])
+            return
+        staged, copied = self._staged[lookup.output]
+        copied.synchronize()
+        torch.index_select(table, 0, rows, out=staged[0])
+        value.copy_(staged, non_blocking=True)
+        copied.record()
+
+
 @dataclass
 class _Work:
     """A component's calls on one device, its own copies of inputs and outputs, and the graphs captured over them."""
@@ -263,6 +309,7 @@ class _Work:
     pool: "_GraphPool"
     inputs: Mapping[str, Any]
     outputs: Mapping[str, Any]
+    tables: _HostTables
     graphs: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     def run(self, key: tuple[Any, ...], work: Callable[[], None], warm_up: Callable[[], None]) -> None:
@@ -285,13 +332,23 @@ class _Work:
                 warm_up()
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
+        # The graph has memory of its own: what the runs before took would stay taken beside it.
+        torch.cuda.empty_cache()
         return self.pool.captured(work)
 
     def prepared(self) -> dict[str, Any]:
         """All values that a step reads, but for what changes from step to step."""
-        values = {**self.weights, **self.inputs}
+        values = {**self.weights, **self.inputs, **self.tables.values}
         run_calls(self.program.prepare, self.pieces, values, _read_by_step(self.program))
         return values
+
+    def look_up(self, inputs: Mapping[str, DeviceTensor], calls: Sequence[Call]) -> None:
+        """Read what `calls` take from tables on the host."""
+        if self.tables.values:
+            indices = {lookup.index for lookup in self.program.lookups}
+            # A download from the GPU would wait for it.
+            content = {name: self.memory.content(inputs[name]) for name in indices}
+            self.tables.read(content, _read_by(calls))
 
     def finish(self, values: Mapping[str, Any]) -> None:
         """Copy the outputs to where they are read."""
@@ -309,6 +366,7 @@ class InductorEngine(Engine):
     def _run(self, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]) -> None:
         with self._work.memory.torch.inference_mode():
             self._feed(inputs)
+            self._work.look_up(inputs, (*self._work.program.prepare, *self._work.program.step))
             self._work.run(("once",), self._step, self._step)
             self._fetch(outputs)
 
@@ -343,11 +401,12 @@ class InductorTextEncoder(InductorEngine):
             self._feed(inputs)
             if self._work.program.prepare:
                 self._keep_prefix(inputs)
+            self._work.look_up(inputs, self._work.program.step)
             self._work.run(("once",), self._step, self._step)
             self._fetch(outputs)
 
     def _step(self) -> None:
-        values = {**self._work.weights, **self._work.inputs, **self._kept}
+        values = {**self._work.weights, **self._work.inputs, **self._work.tables.values, **self._kept}
         run_calls(self._work.program.step, self._work.pieces, values, frozenset(self._work.outputs))
         self._work.finish(values)
 
@@ -358,6 +417,7 @@ class InductorTextEncoder(InductorEngine):
             np.array_equal(content[name][:, : part.shape[1]], part) for name, part in self._prefix.items()
         ):
             return
+        self._work.look_up(inputs, self._work.program.prepare)
         values = self._work.prepared()
         made = {name: values[name] for name in _read_by_step(self._work.program)}
         if not self._kept:
@@ -421,4 +481,8 @@ _ENGINES: dict[str, type[InductorEngine]] = {"text_encoder": InductorTextEncoder
 
 def _read_by_step(program: Program) -> frozenset[str]:
     made = {name for call in program.prepare for name in call.outputs}
-    return frozenset(made & {name.partition("[")[0] for call in program.step for name in call.inputs})
+    return frozenset(made & _read_by(program.step))
+
+
+def _read_by(calls: Sequence[Call]) -> frozenset[str]:
+    return frozenset(value_name(name) for call in calls for name in call.inputs)

@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # A piece takes tensors by position and returns a sequence of them.
 RunPiece = Callable[..., Sequence[Any]]
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a piece. An input is the name of a value, or "name[3]" for a row of one."""
+    """One call of a piece. An input names a value or a part of one: "name[3]" is a row, "name[4:9]" are five."""
 
     piece: str
     inputs: tuple[str, ...]
@@ -22,9 +22,24 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Lookup:
+    """Rows that the host reads from a stored table: `output` [1, end - first, ...] is table[index[:, first:end]].
+
+    `index` is an input [1, L] of whole numbers. The table, which may be large, takes no memory of the device.
+    """
+
+    table: str
+    index: str
+    first: int
+    end: int
+    output: str
+
+
+@dataclass(frozen=True)
 class Program:
     """`pieces`: name -> file, and the `weights` file, both beside the program. `prepare` depends only on inputs that
     stay the same over a denoising loop; `step` is the rest. `device` and `torch` are those it was compiled for.
+    `lookups` come before the calls that read them, and `tables` is the file of their tables.
     """
 
     version: int
@@ -34,6 +49,13 @@ class Program:
     weights: str
     prepare: tuple[Call, ...]
     step: tuple[Call, ...]
+    tables: str = ""
+    lookups: tuple[Lookup, ...] = ()
+
+
+def value_name(text: str) -> str:
+    """The value that an input of a call names, whole or in part."""
+    return _name_and_rows(text)[0]
 
 
 def run_calls(
@@ -45,7 +67,7 @@ def run_calls(
     """Run the calls in order. `values` holds their inputs and receives the outputs that are in `keep`; what the calls
     make for each other is dropped after its last use.
     """
-    last_use = {_name_and_row(name)[0]: position for position, call in enumerate(calls) for name in call.inputs}
+    last_use = {value_name(name): position for position, call in enumerate(calls) for name in call.inputs}
     made: dict[str, Any] = {}
     for position, call in enumerate(calls):
         arguments = [_value(name, made, values) for name in call.inputs]
@@ -56,14 +78,15 @@ def run_calls(
     values.update(made)
 
 
-def _value(name: str, made: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
-    name, row = _name_and_row(name)
+def _value(text: str, made: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
+    name, rows = _name_and_rows(text)
     value = made[name] if name in made else values[name]
-    return value if row is None else value[row]
+    return value if rows is None else value[rows]
 
 
-def _name_and_row(name: str) -> tuple[str, int | None]:
-    if not name.endswith("]"):
-        return name, None
-    name, _, row = name[:-1].rpartition("[")
-    return name, int(row)
+def _name_and_rows(text: str) -> tuple[str, int | slice | None]:
+    if not text.endswith("]"):
+        return text, None
+    name, _, rows = text[:-1].rpartition("[")
+    first, colon, end = rows.partition(":")
+    return name, slice(int(first), int(end)) if colon else int(first)

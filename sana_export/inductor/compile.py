@@ -20,9 +20,10 @@ from sana_runtime.contract import TensorSpec
 from sana_runtime.errors import BuildError
 from sana_runtime.files import whole_file
 from sana_runtime.inductor_engine import PROGRAM_NAME, load_piece, machine_device
-from sana_runtime.inductor_program import FORMAT_VERSION, Program, RunPiece, run_calls
+from sana_runtime.inductor_program import FORMAT_VERSION, Program, RunPiece, run_calls, value_name
 
 WEIGHTS_NAME = "inductor.safetensors"
+TABLES_NAME = "tables.safetensors"
 OnPiece = Callable[[int, int, str], None]
 Result = TypeVar("Result")
 
@@ -62,6 +63,8 @@ def finish_component(begun: Begun, folder: Path, on_piece: OnPiece = lambda done
     """
     prepared, device = begun.prepared, begun.device
     write_safetensors(folder / WEIGHTS_NAME, dict(prepared.weights))
+    if prepared.tables:
+        write_safetensors(folder / TABLES_NAME, dict(prepared.tables))
     for done, (name, piece) in enumerate(begun.packaging.items()):
         on_piece(done, len(begun.packaging), name)
         _guarded(name, piece.result)
@@ -72,12 +75,21 @@ def finish_component(begun: Begun, folder: Path, on_piece: OnPiece = lambda done
         with whole_file(folder / files[name]) as temporary:
             path.rename(temporary)
     program = Program(
-        FORMAT_VERSION, device, str(torch.__version__), files, WEIGHTS_NAME, prepared.prepare, prepared.step
+        FORMAT_VERSION,
+        device,
+        str(torch.__version__),
+        files,
+        WEIGHTS_NAME,
+        prepared.prepare,
+        prepared.step,
+        TABLES_NAME if prepared.tables else "",
+        prepared.lookups,
     )
     content = msgspec.json.format(msgspec.json.encode(dataclasses.asdict(program)), indent=1)
     with whole_file(folder / PROGRAM_NAME) as temporary:
         temporary.write_bytes(content + b"\n")
-    return [folder / name for name in (PROGRAM_NAME, WEIGHTS_NAME, *files.values())]
+    tables = [TABLES_NAME] if prepared.tables else []
+    return [folder / name for name in (PROGRAM_NAME, WEIGHTS_NAME, *tables, *files.values())]
 
 
 def _kind(device: str) -> str:
@@ -159,6 +171,10 @@ def _run_once(
         values: dict[str, Any] = {
             spec.name: torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype), device=device) for spec in inputs
         }
+        for lookup in prepared.lookups:
+            table = prepared.tables[lookup.table]
+            shape = (1, lookup.end - lookup.first, *table.shape[1:])
+            values[lookup.output] = torch.zeros(shape, dtype=table.dtype, device=device)
     made = {name: name for call in (*prepared.prepare, *prepared.step) for name in call.outputs}
     skipped: dict[str, str] = {}
     seen: set[str] = set()
@@ -169,7 +185,7 @@ def _run_once(
             skipped.update({name: skipped.get(old, old) for name, old in zip(call.outputs, first.outputs, strict=True)})
             continue
         seen.add(call.piece)
-        names = {name.partition("[")[0] for name in call.inputs}
+        names = {value_name(name) for name in call.inputs}
         known = {name: values[skipped.get(name, name)] for name in names if name in made or name in values}
         known |= {name: zeros[name] for name in names if name not in known}
         with torch.no_grad():

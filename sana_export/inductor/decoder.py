@@ -1,7 +1,11 @@
-"""The DC-AE decoder over pixels [B, H, W, C], channels last throughout, in pieces of one stage or several.
+"""The DC-AE decoder over pixels [H, W, C], channels last throughout, in pieces of one stage or several.
 
 Several processes share the compilation, and a stage ends before a convolution, across which nothing could be fused.
-What a piece is given stays in memory until it ends; so the large stages, which have few operators, are one piece.
+What a piece is given stays in memory until it ends; so large stages, which have few operators, are one piece.
+
+A stage whose picture is larger still is computed in *windows* of rows, all of one shape, so that its piece is compiled
+once: each takes a few more rows than it gives, which the zeros beyond its edges spoil, and a last piece puts the good
+rows together. Exact; the memory of a stage is then that of a window and of its result.
 
 Against `reference.dc_ae`: nearest upsampling and the convolution behind it are one 2x2 convolution with four times the
 channels on the small image (exact, 4 / 9 of the products); the depthwise 5x5 is a sum of shifted products, which
@@ -26,6 +30,9 @@ from sana_kernels.modulated_norm.api import Impl
 from sana_runtime.inductor_program import Call
 
 _NORM_EPS = 1e-5
+# The most that one picture of a stage may take before the stage is computed in windows. At 1024 px the last stage's
+# takes twice as much.
+_WINDOW_BYTES = 128 << 20
 Upsampling = Literal["phases", "interpolate"]
 Depthwise = Literal["shifted", "library"]
 Grouped = Literal["batched", "library"]
@@ -47,36 +54,122 @@ class DecoderLayout:
     grouped: Grouped = "batched"
 
 
-def decoder_pieces(layout: DecoderLayout) -> tuple[Piece, ...]:
-    """In the order of their calls: latent [1, 32, h, w] fp32 -> image [1, 32h, 32w, 3] uint8."""
+@dataclass(frozen=True)
+class Window:
+    """Rows `first` to `end` of a stage's small input, and which rows of what they give are good."""
+
+    first: int
+    end: int
+    good: slice
+
+
+def stage_windows(layout: DecoderLayout, stage: int) -> tuple[Window, ...]:
+    """The windows of a stage, whose good rows are all rows in order; none where one pass is enough."""
     config = layout.config
-    together: list[list[int]] = []
-    for stage in reversed(range(len(config.decoder_channels))):
-        if together and config.decoder_blocks[stage] == config.decoder_blocks[together[-1][-1]] == "ResBlock":
-            together[-1].append(stage)
-        else:
-            together.append([stage])
-    return tuple(_stages_piece(layout, stages) for stages in together)
+    upsampled = len(config.decoder_channels) - 1 - stage
+    if config.decoder_blocks[stage] != "ResBlock" or not upsampled:
+        return ()
+    height, width = layout.height << upsampled, layout.width << upsampled
+    nbytes = height * width * config.decoder_channels[stage] * layout.dtype.itemsize
+    rows = height // 2
+    # A row beyond the edge is wrong, and each 3x3 convolution carries that one row inwards: two of every ResBlock, the
+    # upsampling one and conv_out, in rows of the large picture.
+    margin = config.decoder_layers[stage] + 1
+    kept = max(-(-rows // -(-nbytes // _WINDOW_BYTES)), margin)
+    size = kept + 2 * margin
+    if kept >= rows or size >= rows:
+        return ()
+    found = []
+    for first_kept in range(0, rows, kept):
+        end_kept = min(first_kept + kept, rows)
+        first = min(max(first_kept - margin, 0), rows - size)
+        found.append(Window(first, first + size, slice(2 * (first_kept - first), 2 * (end_kept - first))))
+    return tuple(found)
 
 
-def decoder_calls(pieces: Sequence[Piece]) -> tuple[Call, ...]:
+def decoder_pieces(layout: DecoderLayout) -> tuple[Piece, ...]:
+    """latent [1, 32, h, w] fp32 -> image [1, 32h, 32w, 3] uint8."""
+    pieces = []
+    for stages in _together(layout):
+        windows = stage_windows(layout, stages[0])
+        pieces.append(_stages_piece(layout, stages, last=stages[-1] == 0 and not windows))
+        if windows:
+            pieces.append(_join_piece(stages[0], len(windows)))
+    return tuple(pieces)
+
+
+def decoder_calls(layout: DecoderLayout) -> tuple[Call, ...]:
     """Those of one picture, for weights named as the reference names them."""
-    values = ["latent", *(f"x.{i}" for i in range(1, len(pieces))), "image"]
-    return tuple(Call(piece.name, (values[i], *piece.inputs[1:]), (values[i + 1],)) for i, piece in enumerate(pieces))
+    calls = []
+    value = "latent"
+    for stages in _together(layout):
+        result = f"stage.{stages[-1]}" if stages[-1] else "image"
+        weights = [name for stage in stages for name in _stage_weights(layout.config, stage)]
+        windows = stage_windows(layout, stages[0])
+        parts = [f"{result}.{i}" for i in range(len(windows))]
+        for part, window in zip(parts, windows, strict=True):
+            rows = f"{value}[{window.first}:{window.end}]"
+            calls.append(Call(_stages_name(stages), (rows, *weights), (part,)))
+        if windows:
+            good = [f"{p}[{w.good.start}:{w.good.stop}]" for p, w in zip(parts, windows, strict=True)]
+            calls.append(Call(_join_name(stages[0]), tuple(good), (result,)))
+        else:
+            calls.append(Call(_stages_name(stages), (value, *weights), (result,)))
+        value = result
+    return tuple(calls)
 
 
-def _stages_piece(layout: DecoderLayout, stages: Sequence[int]) -> Piece:
-    """What the stage before gives -> [1, H, W, C]; the first one takes the latent and the last one gives the image."""
+def decoder_weights(layout: DecoderLayout) -> list[str]:
+    """The names of all weights, as the reference names them."""
+    return [name for stages in _together(layout) for stage in stages for name in _stage_weights(layout.config, stage)]
+
+
+def _together(layout: DecoderLayout) -> list[list[int]]:
+    """The stages of each piece, in the order of the calls."""
+    config = layout.config
+    found: list[list[int]] = []
+    for stage in reversed(range(len(config.decoder_channels))):
+        alone = config.decoder_blocks[stage] != "ResBlock" or bool(stage_windows(layout, stage))
+        before = found[-1][-1] if found else stage
+        if alone or before == stage or config.decoder_blocks[before] != "ResBlock" or stage_windows(layout, before):
+            found.append([stage])
+        else:
+            found[-1].append(stage)
+    return found
+
+
+def _stages_name(stages: Sequence[int]) -> str:
+    return f"stages_{stages[0]}_to_{stages[-1]}"
+
+
+def _join_name(stage: int) -> str:
+    return f"join_{stage}"
+
+
+def _stages_piece(layout: DecoderLayout, stages: Sequence[int], *, last: bool) -> Piece:
+    """What the stage before gives -> [H, W, C]; the first one takes the latent, the `last` one gives the image."""
+    takes_latent = stages[0] == len(layout.config.decoder_channels) - 1
 
     def compute(t: Tensors) -> tuple[torch.Tensor, ...]:
-        x = t["x"]
+        x = t["x"] if takes_latent else t["x"][None]
         for stage in stages:
             x = _stage(x, t, layout, stage)
-        return (x,)
+        return (x if last else x[0],)
 
     options = ONE_PASS if layout.depthwise == "shifted" else {}
     weights = [name for stage in stages for name in _stage_weights(layout.config, stage)]
-    return Piece(f"stages_{stages[0]}_to_{stages[-1]}", ("x", *weights), compute, options)
+    return Piece(_stages_name(stages), ("x", *weights), compute, options)
+
+
+def _join_piece(stage: int, count: int) -> Piece:
+    """The good rows of all windows [H', W, C] each -> [H, W, C] below each other, of the last stage the image."""
+    names = tuple(f"part.{i}" for i in range(count))
+
+    def join(t: Tensors) -> tuple[torch.Tensor, ...]:
+        x = torch.cat([t[name] for name in names])
+        return (x if stage else x[None],)
+
+    return Piece(_join_name(stage), names, join)
 
 
 def _stage(x: torch.Tensor, t: Tensors, layout: DecoderLayout, stage: int) -> torch.Tensor:

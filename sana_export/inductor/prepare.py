@@ -21,7 +21,7 @@ from sana_export.weights.checkpoint import Checkpoint
 from sana_export.weights.lazy import LazyTensor
 from sana_kernels.modulated_norm.api import Impl
 from sana_runtime.errors import BuildError, TargetError
-from sana_runtime.inductor_program import Call
+from sana_runtime.inductor_program import Call, Lookup, value_name
 
 Weights = Mapping[str, LazyTensor]
 Rules = Mapping[str, LayerRule]
@@ -30,13 +30,17 @@ _STORED = {"float8e4m3fn": torch.float8_e4m3fn, "int8": torch.int8}
 
 @dataclass(frozen=True)
 class Prepared:
-    """A component to compile. `weights` by the names that the calls use; `notes` for people."""
+    """A component to compile. `weights` by the names that the calls use, `tables` by those of the lookups; `notes` for
+    people.
+    """
 
     pieces: Mapping[str, Piece]
     prepare: tuple[Call, ...]
     step: tuple[Call, ...]
     weights: Mapping[str, LazyTensor]
     notes: tuple[str, ...] = ()
+    tables: Mapping[str, LazyTensor] = field(default_factory=dict)
+    lookups: tuple[Lookup, ...] = ()
 
 
 @dataclass
@@ -317,8 +321,10 @@ def _prepare_text_encoder(
         checkpoint.text_encoder_config, tokens, dtype, embedding.weight_dtype, impl
     )
     stored: dict[str, LazyTensor] = {"norm.weight": cast(weights["norm.weight"], dtype)}
-    for part, tensor in quantized.tensors("embed_tokens", embedding, weights["embed_tokens.weight"], None).items():
-        stored[f"embed_tokens.{part}"] = tensor
+    table = quantized.tensors("embed_tokens", embedding, weights["embed_tokens.weight"], None)
+    if "weight_scale" in table:
+        table["weight_scale"] = _as_channels(table["weight_scale"], table["weight"].shape[0])
+    tables = {f"embed_tokens.{part}": tensor for part, tensor in table.items()}
     forms = []
     for i in range(layout.layers):
         form: dict[str, LinearForm] = {}
@@ -331,7 +337,8 @@ def _prepare_text_encoder(
         forms.append(form)
     pieces, layers = gemma.text_encoder_pieces(layout, tuple(forms))
     prefix, caption = gemma.text_encoder_calls(pieces, layers)
-    return _checked(Prepared(pieces, prefix, caption, stored, tuple(quantized.notes)), weights)
+    lookups = gemma.text_encoder_lookups(layout)
+    return _checked(Prepared(pieces, prefix, caption, stored, tuple(quantized.notes), tables, lookups), weights)
 
 
 def _packed(names: list[str], weights: Weights, quantized: _Quantized) -> tuple[LinearForm, dict[str, LazyTensor]]:
@@ -356,10 +363,11 @@ def _prepare_decoder(layout: dc_ae.DecoderLayout, weights: Weights, quantized: _
         )
     pieces = dc_ae.decoder_pieces(layout)
     stored = {}
-    for name in (name for piece in pieces for name in piece.inputs[1:]):
+    calls = dc_ae.decoder_calls(layout)
+    for name in dc_ae.decoder_weights(layout):
         stored[name] = _stored_for_decoder(name, cast(weights[name], layout.dtype), layout)
     by_name = {piece.name: piece for piece in pieces}
-    return _checked(Prepared(by_name, (), dc_ae.decoder_calls(pieces), stored, tuple(quantized.notes)), weights)
+    return _checked(Prepared(by_name, (), calls, stored, tuple(quantized.notes)), weights)
 
 
 def _stored_for_decoder(name: str, tensor: LazyTensor, layout: dc_ae.DecoderLayout) -> LazyTensor:
@@ -394,8 +402,8 @@ def _base_dtype(plan: ComponentPlan) -> torch.dtype:
 def _checked(prepared: Prepared, weights: Weights) -> Prepared:
     """Every tensor that a call reads exists: a mismatch is our mistake, found before anything is compiled."""
     made = {name for call in (*prepared.prepare, *prepared.step) for name in call.outputs}
-    read = {name.partition("[")[0] for call in (*prepared.prepare, *prepared.step) for name in call.inputs}
-    unused = set(prepared.weights) - read
+    read = {value_name(name) for call in (*prepared.prepare, *prepared.step) for name in call.inputs}
+    unused = set(prepared.weights) - read | set(prepared.tables) - {lookup.table for lookup in prepared.lookups}
     if unused:
         raise BuildError("weights that nothing reads", received=", ".join(sorted(unused)), expected="none")
     missing = {name for name in read - made - set(prepared.weights) if "." in name and name not in weights}

@@ -6,6 +6,8 @@ ours computes that of the caption, and where it cannot run, Inductor fuses every
 Attention is causal, and before most prompts stands the same long instruction. So the positions before the caption, the
 *prefix*, have pieces of their own, whose keys, values and result the runtime keeps until those tokens change; what is
 computed per prompt are the positions of the caption, which attend to both.
+
+The embedding table, a fifth of the weights of Gemma-2-2B, stays with the host: a prompt needs one row per token.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch.nn import functional as F
 
 from sana_export.inductor.linear import LinearForm, Tensors, gated_linear, linear
 from sana_export.inductor.piece import Piece
@@ -21,7 +22,7 @@ from sana_kernels.gemma_attention import MASKED, gemma_attention
 from sana_kernels.gemma_attention.reference import gemma_attention_reference
 from sana_kernels.modulated_norm.api import Impl
 from sana_runtime.contract import CAPTION_LENGTH
-from sana_runtime.inductor_program import Call
+from sana_runtime.inductor_program import Call, Lookup
 
 # The layer's products, from the reference's layers that are stacked in each.
 LAYER_LINEARS: dict[str, tuple[str, ...]] = {
@@ -110,24 +111,21 @@ def prefix_length(tokens: int) -> int:
 
 
 def embed_piece(layout: TextEncoderLayout, first: int, end: int, name: str) -> Piece:
-    """caption_tokens, caption_mask [1, L] -> of the T positions from `first` to `end`: x [1, T, C], cosine and sine
-    [T, D], and of all positions before `end` the bias towards them [end] fp32.
+    """caption_mask [1, L] and the embedding rows [1, T, C] of the T positions from `first` to `end`, of 8-bit tables
+    with the rows' scales [1, T] fp32 -> x [1, T, C], of all positions before `end` the bias towards them [end] fp32,
+    and of the T cosine and sine [T, D].
     """
-    inputs = ["caption_tokens", "caption_mask", "embed_tokens.weight"]
-    inputs += ["embed_tokens.weight_scale"] * (layout.embedding_dtype is not None)
+    inputs = ["caption_mask", "rows", *(["row_scales"] if layout.embedding_dtype is not None else [])]
 
     def embed(t: Tensors) -> tuple[torch.Tensor, ...]:
-        tokens, mask = t["caption_tokens"][:, first:end], t["caption_mask"][:, :end]
-        x = F.embedding(tokens, t["embed_tokens.weight"])
+        mask, x = t["caption_mask"][:, :end], t["rows"]
         if layout.embedding_dtype is not None:
-            scale = t["embed_tokens.weight_scale"]
-            rows = scale if scale.ndim == 0 else F.embedding(tokens, scale.unsqueeze(1))
-            x = (x.float() * rows).to(layout.dtype)
+            x = (x.float() * t["row_scales"][..., None]).to(layout.dtype)
         # The factor is rounded to the dtype of the weights, as in transformers.
         factor = torch.tensor(layout.channels**0.5, dtype=layout.dtype).item()
-        position = torch.arange(end, device=tokens.device)
+        position = torch.arange(end, device=mask.device)
         bias = torch.where(mask[0].bool(), 0.0, MASKED)
-        half = torch.arange(0, layout.head_dim, 2, dtype=torch.float32, device=tokens.device) / layout.head_dim
+        half = torch.arange(0, layout.head_dim, 2, dtype=torch.float32, device=mask.device) / layout.head_dim
         angle = torch.outer(position[first:].float(), 1.0 / layout.rope_theta**half)
         angle = torch.cat([angle, angle], dim=-1)
         return x * factor, bias, angle.cos().to(layout.dtype), angle.sin().to(layout.dtype)
@@ -213,11 +211,27 @@ def text_encoder_calls(pieces: Mapping[str, Piece], layers: list[str]) -> tuple[
     return tuple(prefix), (*_calls(pieces, "", layers, ()), final)
 
 
+def text_encoder_lookups(layout: TextEncoderLayout) -> tuple[Lookup, ...]:
+    """What the embed pieces take of the table "embed_tokens.weight" and, where it is of 8 bits, of its rows' scales."""
+    ranges = {"": (layout.prefix, layout.tokens)}
+    if layout.prefix:
+        ranges["prefix_"] = (0, layout.prefix)
+    tables = {"rows": "embed_tokens.weight"}
+    if layout.embedding_dtype is not None:
+        tables["row_scales"] = "embed_tokens.weight_scale"
+    return tuple(
+        Lookup(table, "caption_tokens", first, end, f"{part}{name}")
+        for part, (first, end) in ranges.items()
+        for name, table in tables.items()
+    )
+
+
 def _calls(pieces: Mapping[str, Piece], part: str, layers: list[str], kept: tuple[str, ...]) -> list[Call]:
     """Those of the prefix or of the rest, from the tokens to the last layer's x."""
     shared = {name: f"{part}{name}" for name in ("bias", "cosine", "sine")}
     embed = pieces[f"{part}embed"]
-    calls = [Call(embed.name, embed.inputs, (f"{part}x.0", *shared.values()))]
+    looked_up = (name if name == "caption_mask" else f"{part}{name}" for name in embed.inputs)
+    calls = [Call(embed.name, tuple(looked_up), (f"{part}x.0", *shared.values()))]
     for i, name in enumerate(layers):
         values = {**shared, "x": f"{part}x.{i}", "past_key": f"key.{i}", "past_value": f"value.{i}"}
         inputs = tuple(values.get(n, f"layers.{i}.{n}") for n in pieces[f"{part}{name}"].inputs)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +197,38 @@ def test_a_quantised_bundle_stores_eight_bits(
     assert "blocks.0.mix_ffn.conv_point.activation_scale" in block.inputs
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_other_precisions_and_sizes_take_what_they_share(
+    tmp_path: Path, checkpoint_directory: Callable[[str], Path], eager_pieces: dict, jobs: int
+) -> None:
+    """The decoder has no 8-bit products, the text encoder no picture size."""
+    fp32 = request_for(checkpoint_directory("random:tiny"), tmp_path / "fp32")
+    build(fp32, Recorder())
+    settings = CalibrationSettings(num_prompts=1, num_steps=1, side=64)
+    fp8 = replace(
+        fp32,
+        precision="fp8",
+        base_precision="fp32",
+        calibration=settings,
+        gate=False,
+        jobs=jobs,
+        output=tmp_path / "fp8",
+    )
+    recorder = Recorder()
+    manifest = build(replace(fp8, reuse=(fp32.output,)), recorder)
+    taken = f"same inputs in {fp32.output}, files intact"
+    assert recorder.reused == {"tokenizer": taken, "vae_decoder/inductor": taken}
+    note = "vae_decoder: 18 convolutions stay in the base dtype: this target has no 8-bit ones"
+    assert note in recorder.notes
+    assert note in manifest.notes
+    eager_pieces.clear()
+    recorder = Recorder()
+    small = replace(fp8, height=96, output=tmp_path / "small", reuse=(fp32.output, fp8.output))
+    build(small, recorder)
+    assert recorder.reused["text_encoder/inductor"] == f"same inputs in {fp8.output}, files intact"
+    assert {component for component, _ in eager_pieces} == {"transformer", "vae_decoder"}, "what was compiled"
+
+
 def test_a_compiler_that_fails_is_a_build_error(
     tmp_path: Path,
     checkpoint_directory: Callable[[str], Path],
@@ -297,6 +329,9 @@ def _eager(bundle: Path, component: Any, feeds: dict[str, np.ndarray]) -> tuple[
     folder = bundle / component.name / "inductor"
     values: dict[str, Any] = dict(load_file(folder / compiling.WEIGHTS_NAME))
     values.update({name: torch.from_numpy(np.asarray(array)) for name, array in feeds.items()})
+    tables = load_file(folder / compiling.TABLES_NAME) if prepared.lookups else {}
+    for lookup in prepared.lookups:
+        values[lookup.output] = tables[lookup.table][values[lookup.index][:, lookup.first : lookup.end]]
     run_calls(prepared.prepare, prepared.pieces, values, frozenset(n for c in prepared.prepare for n in c.outputs))
     outputs = frozenset(spec.name for spec in component.outputs)
     run_calls(prepared.step, prepared.pieces, values, outputs)

@@ -17,7 +17,7 @@ import sana_runtime.inductor_engine as inductor
 from sana_runtime.contract import TensorSpec
 from sana_runtime.engine import LoopEngine
 from sana_runtime.errors import BundleError, InputError, TargetError
-from sana_runtime.inductor_program import Call, Program
+from sana_runtime.inductor_program import Call, Lookup, Program
 from sana_runtime.manifest import ComponentEntry, EngineEntry
 from sana_runtime.pipeline import Pipeline
 from sana_runtime.targets import choose_target, examine_targets
@@ -76,7 +76,7 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def written_engine(folder: Path, **changes: Any) -> tuple[ComponentEntry, EngineEntry]:
     """A component's files and entries."""
     files = {name: f"{name}.pt2" for name in ("caption", "block", "head")}
-    program = Program(1, "cpu", "1", files, "weights.safetensors", PREPARE, STEP)
+    program = Program(inductor.FORMAT_VERSION, "cpu", "1", files, "weights.safetensors", PREPARE, STEP)
     program = dataclasses.replace(program, **changes)
     (folder / inductor.PROGRAM_NAME).write_bytes(msgspec.json.encode(program))
     weights = {"caption.weight": torch.tensor([1.0, -2.0, 0.5]), "blocks": torch.tensor([[0.7], [-1.3]])}
@@ -164,6 +164,84 @@ def test_a_second_loop_reads_new_inputs(tmp_path: Path, prompts: list[int], devi
         found.append(outputs["next_latent"].numpy())
     np.testing.assert_array_equal(found[0], found[2])
     assert np.abs(found[0] - found[1]).max() > 0.01
+
+
+TOKENS = tuple(TensorSpec(name, "int64", (1, 5)) for name in ("caption_tokens", "caption_mask"))
+EMBEDS = (TensorSpec("caption_embeds", F32, (1, 5, 4)),)
+TABLE = torch.arange(28, dtype=torch.float32).view(7, 4)
+
+
+def text_encoder(folder: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any, list[str]]:
+    """A text encoder that gives the rows of its table, times a weight; the backend, the engine, and what was called."""
+    called: list[str] = []
+
+    def prefix(rows: Any) -> tuple[Any]:
+        called.append("prefix")
+        return (rows * 1,)
+
+    def final(kept: Any, rows: Any, weight: Any) -> tuple[Any]:
+        called.append("final")
+        return (torch.cat([kept, rows], dim=1) * weight,)
+
+    pieces = {"prefix": prefix, "final": final}
+    monkeypatch.setattr(inductor, "load_piece", lambda path: pieces[path.stem])
+    program = Program(
+        inductor.FORMAT_VERSION,
+        device,
+        "1",
+        {name: f"{name}.pt2" for name in pieces},
+        "weights.safetensors",
+        (Call("prefix", ("prefix_rows",), ("kept",)),),
+        (Call("final", ("kept", "rows", "weight"), ("caption_embeds",)),),
+        "tables.safetensors",
+        (Lookup("table", "caption_tokens", 0, 2, "prefix_rows"), Lookup("table", "caption_tokens", 2, 5, "rows")),
+    )
+    (folder / inductor.PROGRAM_NAME).write_bytes(msgspec.json.encode(program))
+    safetensors.save_file({"weight": torch.tensor([2.0])}, str(folder / "weights.safetensors"))
+    safetensors.save_file({"table": TABLE}, str(folder / "tables.safetensors"))
+    entry = EngineEntry("inductor", (inductor.PROGRAM_NAME,), "AOTInductor", "1", device=device)
+    component = ComponentEntry("text_encoder", F32, "", "0" * 64, TOKENS, EMBEDS, (entry,))
+    backend = inductor.InductorBackend(device)
+    return backend, backend.load(folder, component, entry), called
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_of_a_table_are_read_on_the_host(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    backend, engine, called = text_encoder(tmp_path, device, monkeypatch)
+    memory = backend.memory
+    inputs = {spec.name: memory.allocate(spec) for spec in TOKENS}
+    outputs = {spec.name: memory.allocate(spec) for spec in EMBEDS}
+    per_prompt = 1 if device == "cpu" else inductor._WARM_UPS + 1
+    for tokens, prefixes in (([6, 0, 3, 3, 1], 1), ([6, 0, 5, 4, 0], 0), ([1, 0, 5, 4, 0], 1)):
+        called.clear()
+        memory.upload(np.array([tokens]), inputs["caption_tokens"])
+        engine.execute(inputs, outputs)
+        np.testing.assert_array_equal(outputs["caption_embeds"].numpy()[0], 2 * TABLE[tokens].numpy())
+        assert called.count("prefix") == prefixes
+    assert called.count("final") in (0, per_prompt)
+    assert all(tensor.device.type == device for tensor in engine._work.tables.values.values())
+    assert engine._work.tables._tables["table"].device.type == "cpu"
+
+
+@pytest.mark.parametrize("token", [-1, 7])
+def test_a_token_that_the_table_lacks_is_refused(token: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, engine, _ = text_encoder(tmp_path, "cpu", monkeypatch)
+    inputs = {spec.name: backend.memory.allocate(spec) for spec in TOKENS}
+    outputs = {spec.name: backend.memory.allocate(spec) for spec in EMBEDS}
+    backend.memory.upload(np.array([[0, 1, 2, token, 3]]), inputs["caption_tokens"])
+    with pytest.raises(InputError, match=r"no row of 'table' has this number[\s\S]*0 to 6"):
+        engine.execute(inputs, outputs)
+
+
+def test_a_missing_file_of_tables_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text_encoder(tmp_path, "cpu", monkeypatch)
+    (tmp_path / "tables.safetensors").unlink()
+    entry = EngineEntry("inductor", (inductor.PROGRAM_NAME,), "AOTInductor", "1", device="cpu")
+    component = ComponentEntry("text_encoder", F32, "", "0" * 64, TOKENS, EMBEDS, (entry,))
+    with pytest.raises(BundleError, match=r"tables\.safetensors cannot be loaded"):
+        inductor.InductorBackend("cpu").load(tmp_path, component, entry)
 
 
 def test_a_loop_checks_its_tensors(tmp_path: Path, prompts: list[int]) -> None:
