@@ -120,14 +120,15 @@ def _specified_attention() -> Iterator[None]:
 
 def _verdict(manifest: Manifest, result: LadderResult, checkpoint: Checkpoint) -> str:
     gate = judged_gate(manifest, result)
+    rows = ", ".join(f"{row.stage} {row.relative_rms:.1e}" for row in result.components)
     if gate is None:
         check_components((result,), manifest, checkpoint)
-        rows = ", ".join(f"{row.stage} {row.relative_rms:.1e}" for row in result.components)
         return f"relative RMS within the rounding of the dtype: {rows}"
+    missed = "" if gate.passed else f"; relative RMS of single calls: {rows}"
     return (
         f"{'passed' if gate.passed else 'missed'}: x0 SQNR {gate.x0_sqnr_db:.1f} dB (at least "
         f"{gate.min_x0_sqnr_db:g}), PSNR {gate.psnr_db:.1f} dB (at least {gate.min_psnr_db:g}), SSIM "
-        f"{gate.ssim:.3f} (at least {gate.min_ssim:g}), {_STEPS} steps"
+        f"{gate.ssim:.3f} (at least {gate.min_ssim:g}), {_STEPS} steps{missed}"
     )
 
 

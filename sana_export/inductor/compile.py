@@ -11,7 +11,7 @@ import msgspec
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sana_export.inductor.piece import Exported, Piece, export_piece
+from sana_export.inductor.piece import Exported, Look, Piece, export_piece, look
 from sana_export.inductor.prepare import Prepared
 from sana_export.inductor.workers import Packaging, Workers
 from sana_export.weights.lazy import LazyTensor
@@ -30,13 +30,16 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Begun:
-    """A component whose pieces are being compiled: what for, each piece's package and who writes it."""
+    """A component whose pieces are being compiled: what for, each piece's package, who writes it, and what its results
+    must look like.
+    """
 
     prepared: Prepared
     inputs: Sequence[TensorSpec]
     device: str
     packages: Mapping[str, Path]
     packaging: Mapping[str, Packaging]
+    outputs: Mapping[str, Sequence[Look]]
 
 
 def begin_component(prepared: Prepared, inputs: Sequence[TensorSpec], folder: Path, workers: Workers) -> Begun:
@@ -48,11 +51,13 @@ def begin_component(prepared: Prepared, inputs: Sequence[TensorSpec], folder: Pa
     folder.mkdir(parents=True, exist_ok=True)
     # The packager insists on the ending.
     packages = {name: folder / f"{name}.partial.pt2" for name in prepared.pieces}
+    found = _exported(prepared, inputs, _kind(device))
     packaging = {
         name: workers.package(exported, packages[name], prepared.pieces[name].options)
-        for name, exported in _exported(prepared, inputs, _kind(device)).items()
+        for name, exported in found.items()
     }
-    return Begun(prepared, inputs, device, packages, packaging)
+    outputs = {name: [*map(look, exported.outputs())] for name, exported in found.items()}
+    return Begun(prepared, inputs, device, packages, packaging, outputs)
 
 
 def finish_component(begun: Begun, folder: Path, on_piece: OnPiece = lambda done, total, name: None) -> list[Path]:
@@ -68,7 +73,9 @@ def finish_component(begun: Begun, folder: Path, on_piece: OnPiece = lambda done
     for done, (name, piece) in enumerate(begun.packaging.items()):
         on_piece(done, len(begun.packaging), name)
         _guarded(name, piece.result)
-    pieces: dict[str, RunPiece] = {name: _Guarded(name, load_piece(path)) for name, path in begun.packages.items()}
+    pieces: dict[str, RunPiece] = {
+        name: _Guarded(name, load_piece(path), begun.outputs[name]) for name, path in begun.packages.items()
+    }
     _run_once(prepared, begun.inputs, pieces, _kind(device), nullcontext())
     files = {name: f"{name}.pt2" for name in pieces}
     for name, path in begun.packages.items():
@@ -117,13 +124,32 @@ def _exported(prepared: Prepared, inputs: Sequence[TensorSpec], device: str) -> 
 
 
 class _Guarded:
-    """A compiled piece whose failure is a `BuildError`."""
+    """A compiled piece whose failure is a `BuildError`, and so are results that do not look like `outputs`: nothing
+    checks later what one piece gives the next.
+    """
 
-    def __init__(self, name: str, piece: RunPiece) -> None:
-        self._name, self._piece = name, piece
+    def __init__(self, name: str, piece: RunPiece, outputs: Sequence[Look]) -> None:
+        self._name, self._piece, self._outputs = name, piece, outputs
 
     def __call__(self, *arguments: torch.Tensor) -> Sequence[torch.Tensor]:
-        return _guarded(self._name, lambda: self._piece(*arguments))
+        found = _guarded(self._name, lambda: self._piece(*arguments))
+        for number, (tensor, wanted) in enumerate(zip(found, self._outputs, strict=True)):
+            if not _looks_like(tensor, wanted):
+                raise BuildError(
+                    f"inductor: result {number} of the piece '{self._name}' is not laid out as its graph says",
+                    received=str(look(tensor)[:3]),
+                    expected=str(wanted[:3]),
+                    action="report this with the output of sana-export doctor, or choose another target",
+                )
+        return found
+
+
+def _looks_like(tensor: torch.Tensor, wanted: Look) -> bool:
+    """Strides of axes of one element mean nothing."""
+    shape, strides, dtype, _ = wanted
+    if (tensor.shape, tensor.dtype) != (shape, dtype):
+        return False
+    return all(a == b or n == 1 for a, b, n in zip(tensor.stride(), strides, shape, strict=True))
 
 
 def _guarded(name: str, work: Callable[[], Result]) -> Result:

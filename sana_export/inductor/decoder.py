@@ -154,7 +154,8 @@ def _stages_piece(layout: DecoderLayout, stages: Sequence[int], *, last: bool) -
         x = t["x"] if takes_latent else t["x"][None]
         for stage in stages:
             x = _stage(x, t, layout, stage)
-        return (x if last else x[0],)
+        # Without the copy, which is part of the last pass, the exporter has its own idea of a convolution's strides.
+        return ((x if last else x[0]).clone(memory_format=torch.contiguous_format),)
 
     options = ONE_PASS if layout.depthwise == "shifted" else {}
     weights = [name for stage in stages for name in _stage_weights(layout.config, stage)]

@@ -41,12 +41,21 @@ class PieceModule(nn.Module):
         return self._piece(*tensors)
 
 
+# Of a tensor: shape, strides, dtype and device.
+Look = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
+
+
+def look(x: torch.Tensor) -> Look:
+    """What compiled code takes for granted of a tensor."""
+    return x.shape, x.stride(), x.dtype, x.device
+
+
 @dataclass(frozen=True)
 class Exported:
-    """A piece as a graph, and what its arguments look like: (shape, strides, dtype, device) of each."""
+    """A piece as a graph, and what its arguments look like."""
 
     program: torch.export.ExportedProgram
-    arguments: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device], ...]
+    arguments: tuple[Look, ...]
 
     def outputs(self) -> list[torch.Tensor]:
         """What it returns, without values."""
@@ -60,7 +69,7 @@ def export_piece(piece: Piece, examples: Sequence[torch.Tensor]) -> Exported:
     program = torch.export.export(PieceModule(piece), tuple(examples), strict=False)
     # They would be kept and saved with the graph.
     program._example_inputs = None
-    return Exported(program, tuple((x.shape, x.stride(), x.dtype, x.device) for x in examples))
+    return Exported(program, tuple(map(look, examples)))
 
 
 def save_exported(exported: Exported, path: Path) -> None:

@@ -341,3 +341,14 @@ def _eager(bundle: Path, component: Any, feeds: dict[str, np.ndarray]) -> tuple[
     reference = reference if isinstance(reference, tuple) else (reference,)
     plain = {spec.name: output.numpy() for spec, output in zip(plan.outputs, reference, strict=True)}
     return {name: values[name].numpy() for name in outputs}, plain
+
+
+def test_a_piece_whose_results_are_laid_out_otherwise_is_refused() -> None:
+    """The next piece reads them as its graph says, whatever they are."""
+    wanted = torch.empty(2, 3, 1, device="meta")
+    look = (wanted.shape, wanted.stride(), wanted.dtype, wanted.device)
+    fine = torch.zeros(2, 3, 1).as_strided((2, 3, 1), (3, 1, 7))
+    assert compiling._Guarded("stage", lambda: [fine], [look])()[0] is fine
+    for wrong in (torch.zeros(3, 2, 1).transpose(0, 1), torch.zeros(2, 4, 1), torch.zeros(2, 3, 1).half()):
+        with pytest.raises(BuildError, match="result 0 of the piece 'stage' is not laid out as its graph says"):
+            compiling._Guarded("stage", lambda wrong=wrong: [wrong], [look])()
