@@ -51,12 +51,11 @@ def begin_component(prepared: Prepared, inputs: Sequence[TensorSpec], folder: Pa
     folder.mkdir(parents=True, exist_ok=True)
     # The packager insists on the ending.
     packages = {name: folder / f"{name}.partial.pt2" for name in prepared.pieces}
-    found = _exported(prepared, inputs, _kind(device))
+    found, outputs = _exported(prepared, inputs, _kind(device))
     packaging = {
         name: workers.package(exported, packages[name], prepared.pieces[name].options)
         for name, exported in found.items()
     }
-    outputs = {name: [*map(look, exported.outputs())] for name, exported in found.items()}
     return Begun(prepared, inputs, device, packages, packaging, outputs)
 
 
@@ -104,23 +103,27 @@ def _kind(device: str) -> str:
     return device.partition(" ")[0]
 
 
-def _exported(prepared: Prepared, inputs: Sequence[TensorSpec], device: str) -> dict[str, Exported]:
-    """The graph of every piece, for what its first call passes; nothing is computed."""
+def _exported(
+    prepared: Prepared, inputs: Sequence[TensorSpec], device: str
+) -> tuple[dict[str, Exported], dict[str, list[Look]]]:
+    """The graph of every piece, for what its first call passes, and what its results look like; nothing is computed."""
     found: dict[str, Exported] = {}
+    looks: dict[str, list[Look]] = {}
     virtual = FakeTensorMode()
 
     def exporting(piece: Piece) -> RunPiece:
         def call(*examples: torch.Tensor) -> list[torch.Tensor]:
             exported = found[piece.name] = _guarded(piece.name, lambda: export_piece(piece, examples))
             with virtual:
+                made = looks[piece.name] = [*map(look, exported.outputs())]
                 return [
-                    torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in exported.outputs()
+                    torch.empty_strided(shape, strides, dtype=dtype, device=at) for shape, strides, dtype, at in made
                 ]
 
         return call
 
     _run_once(prepared, inputs, {name: exporting(piece) for name, piece in prepared.pieces.items()}, device, virtual)
-    return found
+    return found, looks
 
 
 class _Guarded:
