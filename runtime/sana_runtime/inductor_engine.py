@@ -259,18 +259,20 @@ class _HostTables:
     """Rows that the host reads from tables which the device has no copy of. A captured graph reads `values`."""
 
     def __init__(self, memory: TorchMemory, lookups: Sequence[Lookup], tables: Mapping[str, Any]) -> None:
-        self._memory, self._lookups, self._tables = memory, lookups, tables
+        self._lookups = lookups
+        self._tables = {name: _host_array(memory.torch, table) for name, table in tables.items()}
         self.values: dict[str, Any] = {}
-        # Page-locked, so that a copy need not be waited for, and when the last one was done.
+        # On a GPU page-locked, so that a copy need not be waited for, with the event of the last one.
         self._staged: dict[str, tuple[Any, Any]] = {}
+        self._arrays: dict[str, npt.NDArray[np.generic]] = {}
         torch, on_gpu = memory.torch, memory.device.type == "cuda"
         for lookup in lookups:
-            table = tables[lookup.table]
+            table, name = tables[lookup.table], lookup.output
             shape = (1, lookup.end - lookup.first, *table.shape[1:])
-            self.values[lookup.output] = torch.zeros(shape, dtype=table.dtype, device=memory.device)
+            self.values[name] = torch.zeros(shape, dtype=table.dtype, device=memory.device)
             if on_gpu:
-                staged = torch.zeros(shape, dtype=table.dtype, pin_memory=True)
-                self._staged[lookup.output] = staged, torch.cuda.Event()
+                self._staged[name] = torch.zeros(shape, dtype=table.dtype, pin_memory=True), torch.cuda.Event()
+            self._arrays[name] = _host_array(torch, self._staged[name][0] if on_gpu else self.values[name])
 
     def read(self, indices: Mapping[str, npt.NDArray[np.generic]], outputs: frozenset[str]) -> None:
         """Read those of `outputs` that are looked up. Raises `InputError` for an index that the table does not have."""
@@ -279,7 +281,7 @@ class _HostTables:
                 self._read(lookup, indices[lookup.index][0, lookup.first : lookup.end])
 
     def _read(self, lookup: Lookup, index: npt.NDArray[np.generic]) -> None:
-        torch, table, value = self._memory.torch, self._tables[lookup.table], self.values[lookup.output]
+        table = self._tables[lookup.table]
         if index.min() < 0 or index.max() >= len(table):
             raise InputError(
                 f"{lookup.index}: no row of '{lookup.table}' has this number",
@@ -287,15 +289,22 @@ class _HostTables:
                 expected=f"0 to {len(table) - 1}",
                 action="use the tokenizer of the bundle",
             )
-        rows = torch.from_numpy(index.astype(np.int64))
-        if lookup.output not in self._staged:
-            torch.index_select(table, 0, rows, out=value[0])
-            return
-        staged, copied = self._staged[lookup.output]
-        copied.synchronize()
-        torch.index_select(table, 0, rows, out=staged[0])
-        value.copy_(staged, non_blocking=True)
-        copied.record()
+        staged, copied = self._staged.get(lookup.output, (None, None))
+        if copied is not None:
+            copied.synchronize()
+        # By NumPy, in this thread: to wake PyTorch's for a few hundred rows takes longer than to copy them. The numbers
+        # are in range; asking for it again would make a copy more.
+        np.take(table, index, axis=0, out=self._arrays[lookup.output][0], mode="clip")
+        if copied is not None:
+            self.values[lookup.output].copy_(staged, non_blocking=True)
+            copied.record()
+
+
+def _host_array(torch: Any, tensor: Any) -> npt.NDArray[np.generic]:
+    """The memory of a tensor on the host, in whole numbers of its width where NumPy has no such dtype."""
+    widths = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+    array: npt.NDArray[np.generic] = tensor.view(widths[tensor.element_size()]).numpy()
+    return array
 
 
 @dataclass
