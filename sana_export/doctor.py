@@ -15,10 +15,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from sana_export.inductor.toolchain import cxx_compiler, cxx_problem
+from sana_export.inductor.toolchain import choose_cxx
 from sana_export.system_memory import system_memory
 from sana_runtime.environment import c_compiler
-from sana_runtime.errors import SanaError
+from sana_runtime.errors import BuildError, SanaError
 from sana_runtime.manifest import read_manifest, verify_files
 from sana_runtime.targets import examine_targets, rtx_supports
 from sana_runtime.tensorrt_library import Candidate, examine_tensorrt
@@ -247,13 +247,11 @@ def check_compiler() -> tuple[Finding, ...]:
 
 def check_cxx_compiler() -> tuple[Finding, ...]:
     """The C++ compiler, which the target `inductor` needs while it builds."""
-    command = cxx_compiler()
-    problem = cxx_problem(command)
-    detail = shlex.join(command)
-    if problem is None:
-        return (Finding("C++ compiler", "ok", detail),)
-    remedy = "for the target inductor: install g++ with its libstdc++.so, or name another compiler in CXX"
-    return (Finding("C++ compiler", "warn", f"{detail}: {problem}", remedy),)
+    try:
+        return (Finding("C++ compiler", "ok", shlex.join(choose_cxx())),)
+    except BuildError as error:
+        remedy = "for the target inductor: install g++ with its libstdc++.so, or name another compiler in CXX"
+        return (Finding("C++ compiler", "warn", str(error.received), remedy),)
 
 
 def check_bundle(bundle: Path) -> tuple[Finding, ...]:

@@ -279,9 +279,9 @@ class _HostTables:
         """Read those of `outputs` that are looked up. Raises `InputError` for an index that the table does not have."""
         for lookup in self._lookups:
             if lookup.output in outputs:
-                self._read(lookup, indices[lookup.index][0, lookup.first : lookup.end])
+                self._read(lookup, indices[lookup.index][0, lookup.first : lookup.end].astype(np.int64))
 
-    def _read(self, lookup: Lookup, index: npt.NDArray[np.generic]) -> None:
+    def _read(self, lookup: Lookup, index: npt.NDArray[np.int64]) -> None:
         table = self._tables[lookup.table]
         if index.min() < 0 or index.max() >= len(table):
             raise InputError(

@@ -16,7 +16,7 @@ from sana_export.build_request import BuildRequest
 from sana_export.components import ComponentPlan
 from sana_export.inductor.compile import Begun, OnPiece, begin_component, finish_component
 from sana_export.inductor.prepare import Prepared, prepare
-from sana_export.inductor.toolchain import check_cxx
+from sana_export.inductor.toolchain import choose_cxx
 from sana_export.inductor.workers import Workers
 from sana_export.quantize import QuantizedBuild
 from sana_export.weights.checkpoint import Checkpoint
@@ -86,7 +86,7 @@ class InductorStage:
 
     def begin(self, plan: ComponentPlan, folder: Path, workers: Workers) -> Begun:
         """Begin to compile a component into `folder`."""
-        check_cxx()
+        choose_cxx()
         return begin_component(self.prepare(plan), plan.inputs, folder, workers)
 
     def finish(self, begun: Begun, folder: Path, on_piece: OnPiece) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The C++ compiler that AOTInductor calls, looked at before it is needed."""
+"""The C++ compiler that AOTInductor calls, chosen and tried before it is needed."""
 
 import os
 import shlex
@@ -14,11 +14,21 @@ from sana_runtime.errors import BuildError
 # Needs code of the C++ library, not only its headers.
 _PROBE = "#include <locale>\n#include <string>\nstd::string probe() { return std::locale().name(); }\n"
 _SECONDS = 120
+# PyTorch calls the first unless CXX names another.
+_NAMES = ("g++", "c++", "clang++")
 
 
-def cxx_compiler() -> tuple[str, ...]:
-    """The command that PyTorch calls: `$CXX`, else g++."""
-    return tuple(shlex.split(os.environ.get("CXX", "")) or ["g++"])
+def cxx_candidates() -> list[tuple[str, ...]]:
+    """The commands to try: `$CXX` alone, else all compilers on the PATH in its order, g++ before others."""
+    if named := shlex.split(os.environ.get("CXX", "")):
+        return [tuple(named)]
+    folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    found: dict[str, tuple[str, ...]] = {}
+    for name in _NAMES:
+        for folder in folders:
+            if path := shutil.which(name, path=folder):
+                found.setdefault(os.path.realpath(path), (path,))
+    return [*found.values()] or [(_NAMES[0],)]
 
 
 @cache
@@ -48,14 +58,29 @@ def cxx_problem(command: tuple[str, ...]) -> str | None:
     return None
 
 
-def check_cxx() -> None:
-    """Raise `BuildError` unless the compiler can make what PyTorch loads."""
-    command = cxx_compiler()
-    problem = cxx_problem(command)
-    if problem is not None:
-        raise BuildError(
-            "inductor: the C++ compiler cannot be used",
-            received=f"{shlex.join(command)}: {problem}",
-            expected="a compiler whose shared libraries use the C++ library of the process",
-            action="install g++ with its libstdc++.so, or name another compiler in the variable CXX",
-        )
+def choose_cxx() -> tuple[str, ...]:
+    """The first of the candidates that can make what PyTorch loads, which PyTorch then calls too, here and in processes
+    started from now on. Raises `BuildError` where none can.
+    """
+    problems = []
+    for command in cxx_candidates():
+        problem = cxx_problem(command)
+        if problem is None:
+            _use(command)
+            return command
+        problems.append(f"{shlex.join(command)}: {problem}")
+    raise BuildError(
+        "inductor: the C++ compiler cannot be used" if len(problems) == 1 else "inductor: no C++ compiler can be used",
+        received="; ".join(problems),
+        expected="a compiler whose shared libraries use the C++ library of the process",
+        action="install g++ with its libstdc++.so, or name another compiler in the variable CXX",
+    )
+
+
+def _use(command: tuple[str, ...]) -> None:
+    if os.environ.get("CXX") or command[0] == shutil.which(_NAMES[0]):
+        return  # PyTorch finds it by itself
+    import torch._inductor.config
+
+    os.environ["CXX"] = command[0]
+    torch._inductor.config.cpp.cxx = (None, command[0])  # it has read the variable already
