@@ -14,6 +14,7 @@ import msgspec
 import onnx
 
 import sana_calibration
+import sana_calibration.quantize as quantize_arithmetic
 import sana_plugins
 from sana_calibration.prompts import prompts_digest
 from sana_calibration.recipe import recipe_yaml
@@ -497,7 +498,7 @@ def _written(path: Path, content: bytes) -> Path:
 
 def _code_digest(*folders: str) -> str:
     """Digest of our modules that decide what a stage computes."""
-    files = [_OWN / "components.py", Path(linear_attention_reference.__file__)]
+    files = [_OWN / "components.py", Path(linear_attention_reference.__file__), Path(quantize_arithmetic.__file__)]
     files += [path for folder in folders for path in sorted((_OWN / folder).rglob("*.py"))]
     return _digest_of(files)
 

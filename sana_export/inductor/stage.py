@@ -9,7 +9,10 @@ from pathlib import Path
 import msgspec
 import torch
 
+import sana_calibration.quantize as quantize_arithmetic
+import sana_export.components as components
 import sana_kernels
+import sana_runtime.inductor_program as inductor_program
 from sana_calibration.rules import LayerRule, rules_digest
 from sana_calibration.scales import LayerScales, Scales
 from sana_export.build_request import BuildRequest
@@ -97,8 +100,11 @@ class InductorStage:
 def _code_digest() -> str:
     """Digest of our modules that decide what is computed."""
     folders = (Path(__file__).parent, _REFERENCE, *map(Path, sana_kernels.__path__))
+    files = [path for folder in folders for path in folder.rglob("*.py")]
+    modules = (components.__file__, quantize_arithmetic.__file__, inductor_program.__file__)
+    files += [Path(file) for file in modules if file]
     digest = hashlib.sha256()
-    for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
+    for path in sorted(files):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -23,8 +23,10 @@ from sana_export.build_request import BuildRequest, CalibrationSettings
 from sana_export.bundle import RECORD_NAME, read_build_record
 from sana_export.components import ComponentPlan, plan_components
 from sana_export.inductor.stage import InductorStage
+from sana_export.inductor.stage import _code_digest as inductor_code_digest
 from sana_export.quantize import QuantizedBuild
 from sana_export.quantize import prepare as prepare_recipe
+from sana_export.stages import _code_digest as exporter_code_digest
 from sana_export.weights.checkpoint import Checkpoint, open_checkpoint
 from sana_runtime.contract import COMPONENTS, ComponentName
 from sana_runtime.errors import BuildError, BundleError
@@ -390,3 +392,22 @@ def test_equal_inputs_give_equal_components(
         values = tensor.load(), stored[1][name].load()
         assert values[0].dtype == values[1].dtype, name
         assert torch.equal(values[0].float(), values[1].float()), name
+
+
+@pytest.mark.parametrize(
+    ("digest", "files"),
+    [
+        (inductor_code_digest, {"components.py", "quantize.py", "inductor_program.py", "decoder.py"}),
+        (lambda: exporter_code_digest("reference", "graph"), {"components.py", "quantize.py", "export.py"}),
+    ],
+    ids=["inductor", "graph"],
+)
+def test_code_that_decides_what_is_written_is_an_input(
+    digest: Callable[[], str], files: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a changed program would take what an older one has built."""
+    found = digest()
+    read = Path.read_bytes
+    for file in files:
+        monkeypatch.setattr(Path, "read_bytes", lambda path, file=file: read(path) + b"#" * (path.name == file))
+        assert digest() != found, file
