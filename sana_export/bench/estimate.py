@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from sana_export.bench.floors import PictureWork, Stage, Work
-from sana_export.bench.rows import OURS, Case, Row
+from sana_export.bench.rows import OURS, Case, Row, newest_rows
 from sana_export.bench.run import picture_work
 from sana_export.prompting import tokenizer_entry
 from sana_export.weights.checkpoint import open_checkpoint
@@ -168,10 +168,10 @@ def _fitted(samples: Sequence[Sample]) -> Factors:
 
 
 def samples_of(rows: Sequence[Row], target: str) -> list[Sample]:
-    """The measured stages of our engines on GPUs whose rates are known."""
+    """The stages of our engines on GPUs whose rates are known, each as it was measured last."""
     found, works = [], {}
     gpus = {gpu.device: gpu for gpu in published_gpus().values() if gpu.device}
-    for row in rows:
+    for row in newest_rows(rows):
         if row.subject != f"{OURS} {target}" or row.stage not in FITTED_STAGES or row.p50_ms is None:
             continue
         gpu = next((gpu for device, gpu in gpus.items() if device in row.device), None)

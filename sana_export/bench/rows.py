@@ -120,6 +120,16 @@ def read_rows(path: Path) -> list[Row]:
             raise _wrong(path, str(error)) from error
 
 
+def newest_rows(rows: Iterable[Row]) -> list[Row]:
+    """The last measured row of each figure of a device, at whichever commit and with whichever versions."""
+    last: dict[tuple[object, ...], Row] = {}
+    for row in rows:
+        figure = (row.device, row.model, row.precision, row.height, row.width, row.num_steps, row.subject, row.stage)
+        if figure not in last or row.run >= last[figure].run:
+            last[figure] = row
+    return [*last.values()]
+
+
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Replace the file by these rows, whole or not at all."""
     text = io.StringIO()

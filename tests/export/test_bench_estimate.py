@@ -63,6 +63,14 @@ def test_other_rows_are_not_fitted(rows: list[Row]) -> None:
     assert samples_of([replace(row, device="NVIDIA L4") for row in rows], "inductor") == []
 
 
+def test_what_was_measured_again_counts_once(rows: list[Row]) -> None:
+    """A stage as it was before it was made faster says nothing of it now."""
+    slower = [replace(row, commit="older", run="2000-01-01T00:00:00Z", p50_ms=2 * (row.p50_ms or 0)) for row in rows]
+    assert [(s.label, s.p50_ms) for s in samples_of([*slower, *rows], "inductor")] == [
+        (s.label, s.p50_ms) for s in samples_of(rows, "inductor")
+    ]
+
+
 def test_rows_of_two_gpus_are_fitted_together(rows: list[Row]) -> None:
     """Each with the bounds of its own GPU: an H200 whose bandwidth tells needs less time with the same efficiencies."""
     other = []
