@@ -393,6 +393,8 @@ class Stages:
                 result = build_plan(source, path, target, on_progress=show, plugins=folder, plugin_form=form)
             _check_plugin_layers(stage, result.plugin_layers, expected)
             measured: Measured = {"peak_memory_mib": result.peak_memory_mib, "layers": result.layers}
+            if result.activation_bytes is not None:
+                measured["gpu_activation_mib"] = result.activation_bytes >> 20
             return [path], {**measured, "plugin_layers": result.plugin_layers, "plan_bytes": result.size}
 
         inputs = {entry.path: entry.sha256 for entry in (*graph_files, *plugins)}
@@ -400,7 +402,12 @@ class Stages:
         if target == "tensorrt":
             # It compiles for the GPU that it runs on.
             inputs["device"] = machine_device()
-        self.run(stage, inputs, make)
+        record = self.run(stage, inputs, make)
+        if "gpu_activation_mib" in record.measured:
+            self.reporter.note(
+                f"{stage}: takes {record.measured['gpu_activation_mib']} MiB of the GPU's memory beside its weights, "
+                "by the compiler's log"
+            )
         # The quick form's kernels are inside the plan.
         travelling = plugins if form == "class" else ()
         files = (f"{plan.name}/{target}.plan", *(entry.path for entry in travelling))

@@ -40,6 +40,7 @@ _LOG_LINES = 12
 _LOG_BYTES = 1 << 16
 _LOG_PREFIX = re.compile(r"^\[[\d/:-]+\] \[TRT\] ")
 _LOG_NOTE = "[I]"
+_ACTIVATION_MEMORY = re.compile(r"Total Activation Memory: (\d+) bytes")
 _CANCEL_SECONDS = 30
 _events = msgspec.json.Decoder(Event)
 
@@ -73,7 +74,8 @@ class PlanResult:
 
     `seconds`: wall clock, child start to rename. `peak_memory_mib`: the child's largest resident set, mapped
     weight files included. `size`: bytes. `layers`: of the parsed network; the engine's own count needs a GPU.
-    `plugin_layers`: those of them that are plugins.
+    `plugin_layers`: those of them that are plugins. `activation_bytes`: what the engine takes on the GPU beside its
+    weights, by the compiler's log; None where that does not say.
     """
 
     seconds: float
@@ -83,6 +85,7 @@ class PlanResult:
     builder_version: str
     layers: int
     plugin_layers: int = 0
+    activation_bytes: int | None = None
 
 
 OnProgress = Callable[[PlanProgress], bool | None]
@@ -125,7 +128,7 @@ def build_plan(
             plugins=str(plugins.absolute()) if plugins is not None else None,
             plugin_form=plugin_form,
         )
-        built = _run_worker(request, library, onnx, on_progress)
+        built, activation_bytes = _run_worker(request, library, onnx, on_progress)
     return PlanResult(
         seconds=time.monotonic() - started,
         peak_memory_mib=built.peak_memory_mib,
@@ -134,6 +137,7 @@ def build_plan(
         builder_version=library.version,
         layers=built.layers,
         plugin_layers=built.plugin_layers,
+        activation_bytes=activation_bytes,
     )
 
 
@@ -166,12 +170,16 @@ def _check_inputs(onnx: Path, workspace_mib: int | None) -> None:
         )
 
 
-def _run_worker(request: BuildRequest, library: TensorrtLibrary, onnx: Path, on_progress: OnProgress | None) -> Built:
+def _run_worker(
+    request: BuildRequest, library: TensorrtLibrary, onnx: Path, on_progress: OnProgress | None
+) -> tuple[Built, int | None]:
+    """The worker's report, and the activation bytes that the compiler's log speaks of."""
     with tempfile.TemporaryFile() as log, _worker(request, library, log) as (child, events):
         last = _follow(child, events, on_progress)
         exit_code = child.wait()
         if isinstance(last, Built) and exit_code == 0:
-            return last
+            found = _ACTIVATION_MEMORY.findall(_end_of(log))
+            return last, int(found[-1]) if found else None
         raise _failure(onnx, library, last, exit_code, _tail(log))
 
 
@@ -238,10 +246,14 @@ def _cancel(child: "subprocess.Popen[bytes]") -> threading.Timer:
 
 def _tail(log: IO[bytes]) -> str:
     """The last log lines of the compiler, indented for an error message. Plain notes are left out."""
-    log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_BYTES))
-    lines = [_LOG_PREFIX.sub("", line).strip() for line in log.read().decode(errors="replace").splitlines()]
+    lines = [_LOG_PREFIX.sub("", line).strip() for line in _end_of(log).splitlines()]
     telling = [line for line in lines if line and not line.startswith(_LOG_NOTE)]
     return "".join(f"\n    {line[:300]}" for line in telling[-_LOG_LINES:]) or " none"
+
+
+def _end_of(log: IO[bytes]) -> str:
+    log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_BYTES))
+    return log.read().decode(errors="replace")
 
 
 def _failure(

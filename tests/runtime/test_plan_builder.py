@@ -141,6 +141,9 @@ def test_real_build_gives_a_plan(rtx: TensorrtLibrary, tmp_path: Path, external:
     assert result.layers >= 1
     assert result.seconds > 0
     assert 10 < result.peak_memory_mib < 4096
+    # A product of 4 rows; what it takes beside them is the compiler's to choose.
+    assert result.activation_bytes is not None
+    assert 0 <= result.activation_bytes < 1 << 24
     assert seen
     assert all(0 <= progress.fraction <= 1 and progress.phase for progress in seen)
     assert files_of(tmp_path) - {"model.onnx.data"} == {"model.onnx", "model.plan"}
@@ -342,6 +345,21 @@ def test_every_end_of_the_worker_is_one_error(
     assert message in str(caught.value)
     assert files_of(tmp_path) == {"tiny.onnx"}
     assert child_pids() == []
+
+
+@pytest.mark.parametrize(
+    ("said", "activation_bytes"),
+    [("[I] Total Activation Memory: 20132663296 bytes", 20132663296), ("[I] Total Weights Memory: 4 bytes", None)],
+)
+def test_the_activation_memory_is_read_off_the_log(
+    fake_worker: list[str], onnx: Path, tmp_path: Path, said: str, activation_bytes: int | None
+) -> None:
+    fake_worker += [
+        "open(output, 'wb').write(b'a plan')",
+        f"print('[11/29/2026-19:30:23] [TRT] {said}', file=sys.stderr, flush=True)",
+        'events.write(b\'{"type":"built","layers":1,"peak_memory_mib":1}\\n\')',
+    ]
+    assert build_plan(onnx, tmp_path / "p.plan", "tensorrt-rtx").activation_bytes == activation_bytes
 
 
 def test_a_failed_build_keeps_the_old_plan(fake_worker: list[str], onnx: Path, tmp_path: Path) -> None:
