@@ -24,6 +24,9 @@ from sana_runtime.contract import (
 )
 from sana_runtime.errors import CheckpointError
 
+# Decoder stages whose picture takes more are computed in windows: the last one from about 1500 px on, in 16 bits.
+_WINDOW_BYTES = 512 << 20
+
 
 @dataclass(frozen=True)
 class ComponentPlan:
@@ -76,6 +79,10 @@ def plan_components(
             return TrigFlowStep(model, sigma_data)
         return ClassifierFreeStep(model)
 
+    def make_decoder() -> nn.Module:
+        most_elements = _WINDOW_BYTES // getattr(torch, decoder_dtype).itemsize
+        return in_dtype(ImageDecoder(Decoder(autoencoder, most_elements), autoencoder.scaling_factor), decoder_dtype)
+
     return (
         ComponentPlan(
             "text_encoder",
@@ -99,7 +106,7 @@ def plan_components(
             decoder_reason,
             *vae_decoder_io(*latent),
             "decoder.",
-            lambda: in_dtype(ImageDecoder(Decoder(autoencoder), autoencoder.scaling_factor), decoder_dtype),
+            make_decoder,
         ),
     )
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from sana_export.inductor.linear import Tensors
 from sana_export.inductor.piece import Piece
 from sana_export.inductor.transformer import taps_view
-from sana_export.reference.dc_ae import AutoencoderConfig
+from sana_export.reference.dc_ae import AutoencoderConfig, Window, stage_windows
 from sana_kernels.linear_attention import linear_attention
 from sana_kernels.mix_ffn_depthwise import mix_ffn_depthwise
 from sana_kernels.modulated_norm.api import Impl
@@ -54,44 +54,11 @@ class DecoderLayout:
     grouped: Grouped = "batched"
 
 
-@dataclass(frozen=True)
-class Window:
-    """Rows `first` to `end` of a stage's small input, and which rows of what they give are good."""
-
-    first: int
-    end: int
-    good: slice
-
-
-def stage_windows(layout: DecoderLayout, stage: int) -> tuple[Window, ...]:
-    """The windows of a stage, whose good rows are all rows in order; none where one pass is enough."""
-    config = layout.config
-    upsampled = len(config.decoder_channels) - 1 - stage
-    if config.decoder_blocks[stage] != "ResBlock" or not upsampled:
-        return ()
-    height, width = layout.height << upsampled, layout.width << upsampled
-    nbytes = height * width * config.decoder_channels[stage] * layout.dtype.itemsize
-    rows = height // 2
-    # A row beyond the edge is wrong, and each 3x3 convolution carries that one row inwards: two of every ResBlock, the
-    # upsampling one and conv_out, in rows of the large picture.
-    margin = config.decoder_layers[stage] + 1
-    kept = max(-(-rows // -(-nbytes // _WINDOW_BYTES)), margin)
-    size = kept + 2 * margin
-    if kept >= rows or size >= rows:
-        return ()
-    found = []
-    for first_kept in range(0, rows, kept):
-        end_kept = min(first_kept + kept, rows)
-        first = min(max(first_kept - margin, 0), rows - size)
-        found.append(Window(first, first + size, slice(2 * (first_kept - first), 2 * (end_kept - first))))
-    return tuple(found)
-
-
 def decoder_pieces(layout: DecoderLayout) -> tuple[Piece, ...]:
     """latent [1, 32, h, w] fp32 -> image [1, 32h, 32w, 3] uint8."""
     pieces = []
     for stages in _together(layout):
-        windows = stage_windows(layout, stages[0])
+        windows = _windows(layout, stages[0])
         pieces.append(_stages_piece(layout, stages, last=stages[-1] == 0 and not windows))
         if windows:
             pieces.append(_join_piece(stages[0], len(windows)))
@@ -105,7 +72,7 @@ def decoder_calls(layout: DecoderLayout) -> tuple[Call, ...]:
     for stages in _together(layout):
         result = f"stage.{stages[-1]}" if stages[-1] else "image"
         weights = [name for stage in stages for name in _stage_weights(layout.config, stage)]
-        windows = stage_windows(layout, stages[0])
+        windows = _windows(layout, stages[0])
         parts = [f"{result}.{i}" for i in range(len(windows))]
         for part, window in zip(parts, windows, strict=True):
             rows = f"{value}[{window.first}:{window.end}]"
@@ -119,6 +86,11 @@ def decoder_calls(layout: DecoderLayout) -> tuple[Call, ...]:
     return tuple(calls)
 
 
+def _windows(layout: DecoderLayout, stage: int) -> tuple[Window, ...]:
+    most = _WINDOW_BYTES // layout.dtype.itemsize
+    return stage_windows(layout.config, stage, layout.height, layout.width, most)
+
+
 def decoder_weights(layout: DecoderLayout) -> list[str]:
     """The names of all weights, as the reference names them."""
     return [name for stages in _together(layout) for stage in stages for name in _stage_weights(layout.config, stage)]
@@ -129,9 +101,9 @@ def _together(layout: DecoderLayout) -> list[list[int]]:
     config = layout.config
     found: list[list[int]] = []
     for stage in reversed(range(len(config.decoder_channels))):
-        alone = config.decoder_blocks[stage] != "ResBlock" or bool(stage_windows(layout, stage))
+        alone = config.decoder_blocks[stage] != "ResBlock" or bool(_windows(layout, stage))
         before = found[-1][-1] if found else stage
-        if alone or before == stage or config.decoder_blocks[before] != "ResBlock" or stage_windows(layout, before):
+        if alone or before == stage or config.decoder_blocks[before] != "ResBlock" or _windows(layout, before):
             found.append([stage])
         else:
             found[-1].append(stage)

@@ -213,11 +213,54 @@ class DecoderStage(nn.Module):
         return x
 
 
-class Decoder(nn.Module):
-    """latent [B, 32, h, w] (autoencoder scale) -> pixels [B, 3, 32h, 32w], nominally in -1..1, not clamped."""
+@dataclass(frozen=True)
+class Window:
+    """Rows `first` to `end` of a decoder stage's small input, and which rows of what they give are good."""
 
-    def __init__(self, config: AutoencoderConfig) -> None:
+    first: int
+    end: int
+    good: slice
+
+
+def stage_windows(
+    config: AutoencoderConfig, stage: int, height: int, width: int, most_elements: int
+) -> tuple[Window, ...]:
+    """The windows of a decoder stage whose picture has more than `most_elements` numbers, for a latent of `height` x
+    `width`; none where one pass is enough.
+
+    All are of one size, and their good rows are all rows in order. Stages of linear attention have none: it sums over
+    the whole picture. The last stage is taken together with the decoder's norm_out and conv_out.
+    """
+    upsampled = len(config.decoder_channels) - 1 - stage
+    if config.decoder_blocks[stage] != "ResBlock" or not upsampled:
+        return ()
+    elements = (height << upsampled) * (width << upsampled) * config.decoder_channels[stage]
+    rows = height << upsampled >> 1
+    # A row beyond the edge is wrong, and each 3x3 convolution carries that one row inwards: two of every ResBlock, the
+    # upsampling one and conv_out, in rows of the large picture.
+    margin = config.decoder_layers[stage] + 1
+    kept = max(-(-rows // -(-elements // most_elements)), margin)
+    size = kept + 2 * margin
+    if size >= rows:
+        return ()
+    found = []
+    for first_kept in range(0, rows, kept):
+        end_kept = min(first_kept + kept, rows)
+        first = min(max(first_kept - margin, 0), rows - size)
+        found.append(Window(first, first + size, slice(2 * (first_kept - first), 2 * (end_kept - first))))
+    return tuple(found)
+
+
+class Decoder(nn.Module):
+    """latent [B, 32, h, w] (autoencoder scale) -> pixels [B, 3, 32h, 32w], nominally in -1..1, not clamped.
+
+    Stages whose picture has more than `most_elements` numbers (None: any) are computed in windows of rows, one after
+    the other: the same result with less memory.
+    """
+
+    def __init__(self, config: AutoencoderConfig, most_elements: int | None = None) -> None:
         super().__init__()
+        self.config, self.most_elements = config, most_elements
         channels = config.decoder_channels
         self.repeats = channels[-1] // config.latent_channels
         self.conv_in = nn.Conv2d(config.latent_channels, channels[-1], 3, padding=1)
@@ -227,9 +270,23 @@ class Decoder(nn.Module):
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
         x = self.conv_in(latent) + latent.repeat_interleave(self.repeats, dim=1)
-        for stage in reversed(self.stages):
-            x = stage(x)
-        return self.conv_out(F.relu(self.norm_out(x)))
+        for stage in reversed(range(len(self.stages))):
+            windows = self._windows(stage, *latent.shape[-2:])
+            if windows:
+                parts = [self._stage(x[:, :, w.first : w.end], stage)[:, :, w.good] for w in windows]
+                x = torch.cat(parts, dim=2)
+            else:
+                x = self._stage(x, stage)
+        return x
+
+    def _stage(self, x: torch.Tensor, stage: int) -> torch.Tensor:
+        x = self.stages[stage](x)
+        return x if stage else self.conv_out(F.relu(self.norm_out(x)))
+
+    def _windows(self, stage: int, height: int, width: int) -> tuple[Window, ...]:
+        if self.most_elements is None:
+            return ()
+        return stage_windows(self.config, stage, height, width, self.most_elements)
 
 
 class ImageDecoder(nn.Module):

@@ -29,7 +29,6 @@ from sana_export.inductor.decoder import (
     decoder_pieces,
     decoder_weights,
     phase_weight,
-    stage_windows,
     stored_weight,
 )
 from sana_export.inductor.linear import FP8, INT8, LinearForm, linear
@@ -403,7 +402,7 @@ def test_a_decoder_in_windows_gives_the_same_picture(
     monkeypatch.setattr(decoder, "_pixels", lambda x, t: decoder._convolution(F.relu(x), t, "conv_out"))
     whole = decoded(layout, latent)
     monkeypatch.setattr(decoder, "_WINDOW_BYTES", rows * 64 * config.decoder_channels[0] * 4)
-    windows = stage_windows(layout, 0)
+    windows = decoder._windows(layout, 0)
     good = [(w.good.stop - w.good.start) for w in windows]
     assert sum(good) == 160
     assert len({w.end - w.first for w in windows}) == 1
@@ -418,7 +417,7 @@ def test_windows_start_where_a_picture_is_large() -> None:
 
     def counts(side: int) -> list[int]:
         layout = DecoderLayout(config, torch.bfloat16, side // 32, side // 32, "triton")
-        return [len(stage_windows(layout, stage)) for stage in range(6)]
+        return [len(decoder._windows(layout, stage)) for stage in range(6)]
 
     assert counts(512) == [0] * 6
     assert counts(1024) == [2, 0, 0, 0, 0, 0]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sana_export.components import loaded_module, plan_components
-from sana_export.reference.dc_ae import AutoencoderConfig, Encoder
+from sana_export.reference.dc_ae import AutoencoderConfig, Decoder, Encoder, stage_windows
 from sana_export.reference.transformer import LinearTransformer, TransformerConfig, position_embedding
 from sana_export.upstream import upstream_autoencoder, upstream_text_encoder, upstream_transformer
 from sana_export.weights.checkpoint import Checkpoint, open_checkpoint
@@ -141,3 +141,33 @@ def test_another_autoencoder_flavour_is_refused() -> None:
     config = dict(open_checkpoint("random:tiny").vae_config)
     with pytest.raises(ValueError, match=r"upsample_block_type is 'pixel_shuffle'.*'interpolate'"):
         AutoencoderConfig.from_upstream({**config, "upsample_block_type": "pixel_shuffle"})
+
+
+@pytest.mark.parametrize("rows", [17, 40, 90])
+def test_a_decoder_in_windows_is_the_decoder(rows: int) -> None:
+    """Of about so many rows of the last stage, which is 160 rows high; where they meet must not be seen."""
+    checkpoint = open_checkpoint("random:tiny")
+    config = AutoencoderConfig.from_upstream(checkpoint.vae_config)
+    latent = torch.randn(1, 32, 5, 3, generator=torch.Generator().manual_seed(4))
+    state = {name: tensor.load() for name, tensor in checkpoint.weights("vae_decoder").items()}
+    pictures = []
+    for most_elements in (None, rows * 96 * config.decoder_channels[0]):
+        module = Decoder(config, most_elements).eval().requires_grad_(False)
+        module.load_state_dict(state)
+        pictures.append(module(latent))
+    windows = module._windows(0, 5, 3)
+    assert len(windows) > 1
+    assert max(window.good.stop - window.good.start for window in windows) <= rows
+    assert_close("windows", pictures[1], pictures[0])
+
+
+def test_windows_of_the_released_decoder() -> None:
+    """512 MiB of a picture in 16 bits: two windows of the last stage at 2048 px."""
+    config = AutoencoderConfig.from_upstream(open_checkpoint("random:0.6b").vae_config)
+
+    def counts(side: int) -> list[int]:
+        return [len(stage_windows(config, stage, side // 32, side // 32, 256 << 20)) for stage in range(6)]
+
+    assert counts(1024) == [0] * 6
+    assert counts(2048) == [2, 0, 0, 0, 0, 0]
+    assert counts(4096) == [8, 4, 2, 0, 0, 0]

@@ -1,11 +1,11 @@
 """Store the weights of ruled layers in 8 or 4 bits, and round their activations to 8 bits.
 
 Before: y = MatMul(x, W), Gemm(x, W, ...), Conv(x, W, ...) or Gather(W, i), W a floating-point initializer that nothing
-else reads. After: W is stored in the rule's type and the node reads DequantizeLinear(W, scale) directly; where the rule
-has an activation_dtype, x goes through QuantizeLinear and DequantizeLinear with one scale, after a division by the
-smooth factor if there is one. Standard operators only. Scales have the dtype of what they scale, as TensorRT wants
-them; weights carry no zero point, activations a constant zero of the stored type. Consumers of one activation share
-one pair if everything about it is equal.
+else reads but, of a Conv, the same layer for other parts of the picture. After: W is stored in the rule's type and the
+node reads DequantizeLinear(W, scale) directly; where the rule has an activation_dtype, x goes through QuantizeLinear
+and DequantizeLinear with one scale, after a division by the smooth factor if there is one. Standard operators only.
+Scales have the dtype of what they scale, as TensorRT wants them; weights carry no zero point, activations a constant
+zero of the stored type. Consumers of one activation share one pair if everything about it is equal.
 
 An embedding table is dequantised before its Gather: TensorRT-RTX refuses a Gather of 8-bit constants, ONNX Runtime one
 of FP8; its compiler dequantises inside the Gather, only the rows it reads. `gather_rows` writes ONNX Runtime's graph.
@@ -13,8 +13,8 @@ of FP8; its compiler dequantises inside the Gather, only the rows it reads. `gat
 Every layer under a rule is rewritten or refused, with the node and the reason; all refusals come before the first edit.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from math import isfinite, prod
 
 import numpy as np
@@ -120,7 +120,7 @@ def run(model: ir.Model, prefix: str, quantization: Quantization) -> Quantizatio
     Raises `BuildError` for a layer that cannot be rewritten.
     """
     sites = _match(model.graph, prefix, quantization)
-    kept = _kept(model.graph, {site.node for site in sites})
+    kept = _kept(model.graph, {site.node for whole in sites for site in whole.each})
     before = [_nbytes(site.weight) for site in sites]
     rewriter = _Rewriter(model.graph)
     stored = [rewriter.rewrite(site) for site in sites]
@@ -134,7 +134,7 @@ def run(model: ir.Model, prefix: str, quantization: Quantization) -> Quantizatio
             site.rule.activation_dtype,
             str(site.rule.granularity),
             site.rule.activation_dtype is not None and site.scales.smooth_factor is not None,
-            product_flops(site.node),
+            sum(product_flops(one.node) for one in site.each),
             bytes_before,
             bytes_after,
         )
@@ -148,13 +148,22 @@ def run(model: ir.Model, prefix: str, quantization: Quantization) -> Quantizatio
 
 @dataclass(frozen=True, eq=False)
 class _Site:
-    """Where a layer stands in the graph: its one node and the initializer it reads."""
+    """Where a layer stands in the graph: its node, the initializer it reads, and the nodes behind it that read that in
+    the same way, as a decoder's do that is computed in windows.
+    """
 
     layer: str
     node: ir.Node
     weight: ir.Value
     rule: LayerRule
     scales: LayerScales
+    others: tuple[ir.Node, ...] = ()
+
+    @property
+    def each(self) -> Iterator["_Site"]:
+        """The site at each of its nodes."""
+        for node in (self.node, *self.others):
+            yield replace(self, node=node, others=())
 
     @property
     def activation(self) -> ir.Value:
@@ -174,20 +183,23 @@ def _match(graph: ir.Graph, prefix: str, quantization: Quantization) -> list[_Si
     sites = []
     for layer, rule in quantization.rules.items():
         scales = quantization.scales.get(layer, LayerScales(None, None))
-        sites.append(_site(graph, prefix, layer, rule, scales))
-    for site in sites:
+        sites.append(_site(graph, prefix, layer, rule, scales, position))
+    for site in (site for whole in sites for site in whole.each):
         for check in _CHECKS:
             if reason := check(site):
                 raise _refusal(site.layer, site.node, reason)
     return sorted(sites, key=lambda site: position[site.node])
 
 
-def _site(graph: ir.Graph, prefix: str, layer: str, rule: LayerRule, scales: LayerScales) -> _Site:
+def _site(
+    graph: ir.Graph, prefix: str, layer: str, rule: LayerRule, scales: LayerScales, position: Mapping[ir.Node, int]
+) -> _Site:
     weight = graph.initializers.get(f"{prefix}{layer}.weight")
     if weight is None:
         raise _refusal(layer, None, f"the graph has no initializer {prefix}{layer}.weight")
-    uses = weight.uses()
-    if len(uses) != 1:
+    uses = sorted(weight.uses(), key=lambda use: position.get(use.node, -1))
+    alike = all(use.node.op_type == "Conv" and _alike(use.node, uses[0].node) for use in uses)
+    if len(uses) != 1 and not (uses and alike):
         nodes = ", ".join(sorted(use.node.name or use.node.op_type for use in uses)) or "none"
         raise _refusal(layer, None, f"its weight is read by {len(uses)} nodes ({nodes}), one is needed")
     use = uses[0]
@@ -195,7 +207,17 @@ def _site(graph: ir.Graph, prefix: str, layer: str, rule: LayerRule, scales: Lay
         raise _refusal(
             layer, use.node, f"its weight is input {use.idx} of {use.node.op_type}, not the weight of {_ops()}"
         )
-    return _Site(layer, use.node, weight, rule, scales)
+    return _Site(layer, use.node, weight, rule, scales, tuple(other.node for other in uses[1:]))
+
+
+def _alike(left: ir.Node, right: ir.Node) -> bool:
+    """Whether two nodes are one layer: equal but for what they are applied to."""
+
+    def rest(node: ir.Node) -> tuple[object, ...]:
+        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+        return node.op_type, attributes, node.inputs[1:]
+
+    return rest(left) == rest(right)
 
 
 # ------------------------------------------------------------------------------------------------------ check
@@ -312,6 +334,7 @@ class _Rewriter:
     def __init__(self, graph: ir.Graph) -> None:
         self._graph = graph
         self._pairs: dict[tuple[object, ...], ir.Value] = {}
+        self._pairs_of: dict[str, int] = {}
         self._zero_points: dict[StoredDtype, ir.Value] = {}
 
     @property
@@ -322,7 +345,8 @@ class _Rewriter:
     def rewrite(self, site: _Site) -> int:
         """Rewrite one layer; returns the bytes of its stored weight and scale."""
         if site.rule.activation_dtype is not None:
-            site.node.replace_input_with(0, self._quantized_activation(site))
+            for one in site.each:
+                one.node.replace_input_with(0, self._quantized_activation(one))
         factor = self._factor(site)
         source = site.weight.const_value
         assert source is not None
@@ -337,7 +361,8 @@ class _Rewriter:
             site.node, "DequantizeLinear", [site.weight, scale], f"{name}_dequantized", initializers.layout.attributes
         )
         dequantized.shape, dequantized.dtype = ir.Shape(source.shape), source.dtype
-        site.node.replace_input_with(_WEIGHT_INPUT[site.node.op_type], dequantized)
+        for one in site.each:
+            one.node.replace_input_with(_WEIGHT_INPUT[one.node.op_type], dequantized)
         return _nbytes(site.weight) + _nbytes(scale)
 
     def _factor(self, site: _Site) -> np.ndarray | None:
@@ -367,6 +392,10 @@ class _Rewriter:
             x = self._insert(site.node, "Div", [x, divisor], f"{stem}.smoothed")
             x.shape, x.dtype = shape, base
         step = self._initializer(as_tensor(scale, f"{stem}.input_scale"))
+        # One for each window that the layer is computed in, after the first with a number.
+        count = self._pairs_of.get(stem, 0)
+        self._pairs_of[stem] = count + 1
+        stem += f".{count}" if count else ""
         zero = self._zero_point(dtype)
         quantized = self._insert(site.node, "QuantizeLinear", [x, step, zero], f"{stem}.input_quantized")
         quantized.shape, quantized.dtype = shape, ONNX_TYPE[dtype]
@@ -381,6 +410,9 @@ class _Rewriter:
         return self._zero_points[dtype]
 
     def _initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
+        known = self._graph.initializers.get(tensor.name or "")
+        if known is not None:  # the same layer's, for another window
+            return known
         value = ir.Value(
             name=tensor.name,
             shape=ir.Shape(tensor.shape),
@@ -444,7 +476,7 @@ def _kept(graph: ir.Graph, rewritten: set[ir.Node]) -> tuple[KeptProduct, ...]:
 
 def _check_after(sites: list[_Site]) -> None:
     """Every ruled layer's node reads a dequantised stored weight, and its activation where the rule has one."""
-    for site in sites:
+    for site in (site for whole in sites for site in whole.each):
         producer = site.node.inputs[_WEIGHT_INPUT[site.node.op_type]].producer()
         assert producer is not None, site.layer
         assert producer.op_type == "DequantizeLinear", site.layer
