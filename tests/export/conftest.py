@@ -10,6 +10,7 @@ from sana_export.build_request import BuildRequest
 from sana_export.bundle import StageRecord
 from sana_export.weights.checkpoint import open_checkpoint
 from sana_export.weights.write import write_diffusers_directory
+from sana_runtime.manifest import MANIFEST_NAME, read_manifest, verify_files
 
 
 class Recorder:
@@ -34,6 +35,21 @@ class Recorder:
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+
+def run(request: BuildRequest) -> Recorder:
+    """Build; what happened to each stage."""
+    recorder = Recorder()
+    build(request, recorder)
+    return recorder
+
+
+def assert_whole(bundle: Path) -> None:
+    """The bundle holds the files of its manifest, intact, and nothing else."""
+    manifest = read_manifest(bundle)
+    verify_files(bundle, manifest.files, digests=True)
+    found = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
+    assert found == {entry.path for entry in manifest.files} | {MANIFEST_NAME}
 
 
 @pytest.fixture(scope="session")

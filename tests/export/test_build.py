@@ -23,11 +23,11 @@ from sana_export.build_request import BuildRequest
 from sana_export.bundle import RECORD_NAME, open_staging, read_build_record
 from sana_export.graph.export import WEIGHTS_FILE, ExportReport
 from sana_runtime.errors import BuildError, BundleError, CheckpointError, InputError, SanaError, TargetError
-from sana_runtime.manifest import read_manifest, verify_files
+from sana_runtime.manifest import read_manifest
 from sana_runtime.pipeline import Pipeline
 from sana_runtime.plan_builder import PlanResult
 from sana_runtime.tensorrt_library import TensorrtLibrary
-from tests.export.conftest import Recorder
+from tests.export.conftest import Recorder, assert_whole, run
 
 STAGES = {"tokenizer", "text_encoder/onnx", "transformer/onnx", "vae_decoder/onnx"}
 
@@ -69,18 +69,9 @@ def rebuild(request_64: BuildRequest) -> BuildRequest:
     return request_64
 
 
-def run(request: BuildRequest) -> Recorder:
-    recorder = Recorder()
-    build(request, recorder)
-    return recorder
-
-
-def assert_whole(bundle: Path) -> None:
-    """The bundle is valid and nothing else lies in it or beside it."""
-    manifest = read_manifest(bundle)
-    verify_files(bundle, manifest.files, digests=True)
-    found = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
-    assert found == {entry.path for entry in manifest.files} | {"manifest.json"}
+def assert_whole_and_alone(bundle: Path) -> None:
+    """Nothing else lies in the bundle or beside it."""
+    assert_whole(bundle)
     assert [path.name for path in bundle.parent.iterdir()] == [bundle.name]
 
 
@@ -90,7 +81,7 @@ def test_an_identical_build_reuses_every_stage(rebuild: BuildRequest) -> None:
     assert recorder.built == {}
     assert set(recorder.reused) == STAGES
     assert read_manifest(rebuild.output).digest == before
-    assert_whole(rebuild.output)
+    assert_whole_and_alone(rebuild.output)
 
 
 def test_a_changed_size_rebuilds_what_depends_on_it_and_names_it(rebuild: BuildRequest) -> None:
@@ -98,7 +89,7 @@ def test_a_changed_size_rebuilds_what_depends_on_it_and_names_it(rebuild: BuildR
     assert set(recorder.reused) == {"tokenizer", "text_encoder/onnx"}
     assert set(recorder.built) == {"transformer/onnx", "vae_decoder/onnx"}
     assert "height x width 64 x 64 -> 96 x 64" in recorder.built["transformer/onnx"]
-    assert_whole(rebuild.output)
+    assert_whole_and_alone(rebuild.output)
 
 
 def test_changed_weights_rebuild_that_component_only(
@@ -122,7 +113,7 @@ def test_a_damaged_file_is_rebuilt(rebuild: BuildRequest) -> None:
     os.truncate(data, data.stat().st_size // 2)
     recorder = run(rebuild)
     assert recorder.built == {"transformer/onnx": "transformer/model.onnx.data was damaged"}
-    assert_whole(rebuild.output)
+    assert_whole_and_alone(rebuild.output)
 
 
 def test_an_edited_manifest_is_refused_and_the_next_build_repairs_it(rebuild: BuildRequest) -> None:
@@ -132,13 +123,13 @@ def test_an_edited_manifest_is_refused_and_the_next_build_repairs_it(rebuild: Bu
     with pytest.raises(BundleError, match="edited"):
         Pipeline.load(rebuild.output)
     run(rebuild)
-    assert_whole(rebuild.output)
+    assert_whole_and_alone(rebuild.output)
 
 
 def test_an_unreadable_build_record_rebuilds_everything(rebuild: BuildRequest) -> None:
     (rebuild.output / RECORD_NAME).write_text("{")
     assert set(run(rebuild).built) == STAGES
-    assert_whole(rebuild.output)
+    assert_whole_and_alone(rebuild.output)
 
 
 class _Stop(Exception):
@@ -166,7 +157,7 @@ def test_an_interrupt_in_any_stage_leaves_the_old_bundle_and_resumes(
     assert stage in recorder.built
     order = ["tokenizer", "text_encoder/onnx", "transformer/onnx", "vae_decoder/onnx"]
     assert set(recorder.reused) == set(order[: order.index(stage)])
-    assert_whole(rebuild.output)
+    assert_whole_and_alone(rebuild.output)
 
 
 def test_a_killed_build_leaves_no_bundle_and_the_next_one_resumes(request_64: BuildRequest) -> None:
@@ -184,13 +175,13 @@ def test_a_killed_build_leaves_no_bundle_and_the_next_one_resumes(request_64: Bu
     assert not request_64.output.exists()
     recorder = run(request_64)
     assert "text_encoder/onnx" in recorder.reused
-    assert_whole(request_64.output)
+    assert_whole_and_alone(request_64.output)
 
 
 def test_a_crash_between_the_renames_of_a_commit_is_undone(rebuild: BuildRequest) -> None:
     os.rename(rebuild.output, rebuild.output.with_name(".bundle.replaced"))
     assert run(rebuild).built == {}
-    assert_whole(rebuild.output)
+    assert_whole_and_alone(rebuild.output)
 
 
 def test_two_builds_at_once(request_64: BuildRequest) -> None:
@@ -215,7 +206,7 @@ def test_a_full_disk(rebuild: BuildRequest, monkeypatch: pytest.MonkeyPatch, err
     monkeypatch.setattr(sana_export.stages, "export_component", small_export)
     assert read_manifest(rebuild.output).digest == before
     run(replace(rebuild, width=96))
-    assert_whole(rebuild.output)
+    assert_whole_and_alone(rebuild.output)
 
 
 def test_too_little_space_is_refused_before_work(request_64: BuildRequest, monkeypatch: pytest.MonkeyPatch) -> None:

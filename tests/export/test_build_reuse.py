@@ -18,7 +18,6 @@ import torch
 from sana_calibration.recipe import load_recipe
 from sana_calibration.rules import Exclusion, LayerRule, PerChannel, Recipe
 from sana_calibration.scales import LayerScales, Provenance, Scales
-from sana_export.build import build
 from sana_export.build_request import BuildRequest, CalibrationSettings
 from sana_export.bundle import RECORD_NAME, read_build_record
 from sana_export.components import ComponentPlan, plan_components
@@ -31,26 +30,11 @@ from sana_export.weights.checkpoint import Checkpoint, open_checkpoint
 from sana_runtime.contract import COMPONENTS, ComponentName
 from sana_runtime.errors import BuildError, BundleError
 from sana_runtime.files import sha256_file
-from sana_runtime.manifest import read_manifest, verify_files
 from sana_runtime.pipeline import Pipeline
-from tests.export.conftest import Recorder
+from tests.export.conftest import assert_whole, run
 
 ENCODER_FILE = "text_encoder/model.onnx.data"
 Bundles = Callable[..., Path]
-
-
-def run(request: BuildRequest) -> Recorder:
-    recorder = Recorder()
-    build(request, recorder)
-    return recorder
-
-
-def assert_whole(bundle: Path) -> None:
-    """The bundle holds the files of its manifest, intact, and nothing else."""
-    manifest = read_manifest(bundle)
-    verify_files(bundle, manifest.files, digests=True)
-    found = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
-    assert found == {entry.path for entry in manifest.files} | {"manifest.json"}
 
 
 def contents(folder: Path) -> dict[str, str]:
