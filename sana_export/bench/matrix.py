@@ -226,8 +226,9 @@ class Matrix:
     def _missing(self, case: Case, label: str, stages: Sequence[str]) -> tuple[str, ...]:
         rows = read_rows(self._settings.rows)
         done = done_stages(rows, self._machine, case, label, retry_errors=self._settings.retry_errors)
-        missing = tuple(stage for stage in stages if stage not in done and stage in self._settings.stages)
-        if not missing:
+        wanted = [stage for stage in stages if stage in self._settings.stages]
+        missing = tuple(stage for stage in wanted if stage not in done)
+        if wanted and not missing:
             self._say(f"{_described(case)}, {label}: skipped, measured at this commit, on this device and versions")
         return missing
 
