@@ -52,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     device = options.device or ("cuda" if _has_gpu() else "cpu")
     deadline = time.monotonic() + options.minutes * 60 if options.minutes else None
-    bench = Bench(say, options.runs, options.warmup, options.commit, deadline)
+    peer_s = options.peer_minutes * 60 if options.peer_minutes else None
+    bench = Bench(say, options.runs, options.warmup, options.commit, deadline, peer_s)
     build_arguments = ("--no-gate", *options.build_argument)
     settings = Settings(
         work,
@@ -87,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--runs", type=int, default=10, help="measured pictures, and calls of each stage")
     add("--warmup", type=int, default=2, help="unmeasured ones before them")
     add("--minutes", type=float, help="stop after so long; what runs then is ended and its finished stages are kept")
+    add("--peer-minutes", type=float, help="the same for every peer: what it has compiled by then is kept")
     add(
         "--build-argument",
         action="append",

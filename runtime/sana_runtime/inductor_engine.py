@@ -235,7 +235,8 @@ def _buffer(tensor: DeviceTensor) -> Any:
 
 
 class _GraphPool:
-    """The memory of captured graphs. They never run at the same time and keep nothing between runs, so they share it.
+    """The memory and the stream of captured graphs. They never run at the same time and keep nothing between runs, so
+    they share both: libraries keep tens of MiB for every stream that they have seen.
 
     PyTorch takes a pool back together with its last graph, and refuses its handle from then on.
     """
@@ -245,12 +246,24 @@ class _GraphPool:
         self._alive: WeakSet[Any] = WeakSet()
         self._handle: Any = None
 
-    def captured(self, work: Callable[[], None]) -> Any:
-        """A graph of what `work` does on the GPU."""
+    @cached_property
+    def _stream(self) -> Any:
+        return self._torch.cuda.Stream()
+
+    def captured(self, work: Callable[[], None], warm_up: Callable[[], None]) -> Any:
+        """A graph of what `work` does on the GPU, after runs of `warm_up`. The graph has memory of its own: PyTorch
+        gives back what those runs took before it captures.
+        """
+        cuda = self._torch.cuda
+        self._stream.wait_stream(cuda.current_stream())
+        with cuda.stream(self._stream):
+            for _ in range(_WARM_UPS):
+                warm_up()
+        cuda.current_stream().wait_stream(self._stream)
         if not self._alive:
-            self._handle = self._torch.cuda.graph_pool_handle()
-        graph = self._torch.cuda.CUDAGraph()
-        with self._torch.cuda.graph(graph, pool=self._handle):
+            self._handle = cuda.graph_pool_handle()
+        graph = cuda.CUDAGraph()
+        with cuda.graph(graph, pool=self._handle, stream=self._stream):
             work()
         self._alive.add(graph)
         return graph
@@ -330,21 +343,8 @@ class _Work:
         if key not in self.graphs:
             while len(self.graphs) >= _MOST_GRAPHS:
                 del self.graphs[next(iter(self.graphs))]
-            self.graphs[key] = self._captured(work, warm_up)
+            self.graphs[key] = self.pool.captured(work, warm_up)
         self.graphs[key].replay()
-
-    def _captured(self, work: Callable[[], None], warm_up: Callable[[], None]) -> Any:
-        torch = self.memory.torch
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UPS):
-                warm_up()
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize()
-        # The graph has memory of its own: what the runs before took would stay taken beside it.
-        torch.cuda.empty_cache()
-        return self.pool.captured(work)
 
     def prepared(self) -> dict[str, Any]:
         """All values that a step reads, but for what changes from step to step."""

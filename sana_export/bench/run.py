@@ -56,13 +56,16 @@ class BudgetSpent(Exception):
 
 @dataclass
 class Bench:
-    """What all measurements of an invocation share. `deadline` in seconds of time.monotonic(), None for no limit."""
+    """What all measurements of an invocation share. `deadline` in seconds of time.monotonic(), None for no limit; no
+    peer may take longer than `peer_s` seconds.
+    """
 
     on_line: OnLine
     runs: int = 5
     warmup: int = 1
     commit: str = ""
     deadline: float | None = None
+    peer_s: float | None = None
     isolate: bool = True
     _ceilings: dict[str, Ceilings] = field(default_factory=dict)
     _machines: dict[str, Machine] = field(default_factory=dict)
@@ -89,9 +92,10 @@ class Bench:
             self.on_line(f"ceilings: {self._ceilings[device]}")
         return self._ceilings[device]
 
-    def measure(self, subject: Subject, what: str) -> list[Finding]:
-        """Run one measuring process. Raises `BudgetSpent`."""
-        remaining = None if self.deadline is None else self.deadline - time.monotonic()
+    def measure(self, subject: Subject, what: str, limit_s: float | None = None) -> list[Finding]:
+        """Run one measuring process, for at most `limit_s` seconds. Raises `BudgetSpent`."""
+        limits = [limit_s, None if self.deadline is None else self.deadline - time.monotonic()]
+        remaining = min((limit for limit in limits if limit is not None), default=None)
         if remaining is not None and remaining <= 0:
             raise BudgetSpent(what)
         started = time.monotonic()
@@ -102,12 +106,12 @@ class Bench:
         self.on_line(f"{what}: {time.monotonic() - started:.0f} s")
         return findings
 
-    def measure_what_fits(self, subject: Subject, what: str) -> list[Finding]:
-        """Like `measure`, but the end of the time budget leaves the stages that were finished."""
+    def measure_what_fits(self, subject: Subject, what: str, limit_s: float | None = None) -> list[Finding]:
+        """Like `measure`, but the end of the time leaves the stages that were finished."""
         try:
-            return self.measure(subject, what)
+            return self.measure(subject, what, limit_s)
         except BudgetSpent as spent:
-            self.on_line(f"{what}: the time budget ended, {len(spent.findings)} findings are kept")
+            self.on_line(f"{what}: its time ended, {len(spent.findings)} findings are kept")
             return spent.findings
 
 
@@ -161,7 +165,7 @@ def measure_peer(bench: Bench, subject: Subject, checkpoint: Checkpoint, case: C
     stages = tuple(stage for stage in subject.stages if stage != "cold_start" or peer in _COLD_PEERS)
     asked = replace_fields(_of_kind(subject, "peer"), peer=peer, stages=stages)
     before = used_memory_mib() if subject.device == "cuda" else 0.0
-    findings = bench.measure_what_fits(asked, peer_label(peer))
+    findings = bench.measure_what_fits(asked, peer_label(peer), bench.peer_s)
     return _rows(machine, case, peer_label(peer), findings, work, ceilings, before)
 
 

@@ -15,7 +15,6 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sana_export.bench import matrix as matrix_module
 from sana_export.bench import parity, peers, processes
 from sana_export.bench.cuda_graphs import GraphedCall
 from sana_export.bench.matrix import MATRIX, Group, Matrix, Settings, selected
@@ -290,7 +289,7 @@ def test_the_matrix_holds_every_case_of_the_issue() -> None:
     peers_of = {(group.model, group.side, peer) for group in MATRIX for peer in group.peers}
     assert {(m, s, p) for m in models for s in sides for p in ("eager", "recipe", "torch-tensorrt")} <= peers_of
     assert len(peers_of) == sum(len(group.peers) for group in MATRIX)
-    assert MATRIX[0] == Group("random:0.6b", 1024, ("fp8", "bf16"), matrix_module.PEER_ORDER)
+    assert MATRIX[0] == Group("random:0.6b", 1024, ("fp8", "bf16", "int8"), ("eager", "compile"))
 
 
 def test_a_choice_of_the_matrix() -> None:
@@ -312,8 +311,8 @@ def tiny_matrix(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "work" / "bundles").mkdir(parents=True)
 
     def make(said: list[str], **fields: Any) -> Matrix:
-        deadline = fields.pop("deadline", None)
-        bench = Bench(said.append, runs=2, warmup=0, commit="abc", deadline=deadline, isolate=False)
+        limits = {name: fields.pop(name, None) for name in ("deadline", "peer_s")}
+        bench = Bench(said.append, runs=2, warmup=0, commit="abc", isolate=False, **limits)
         settings = Settings(tmp_path / "work", tmp_path / "rows.csv", "onnxruntime", "cpu", num_steps=1, **fields)
         return Matrix(bench, settings)
 
@@ -321,6 +320,13 @@ def tiny_matrix(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 TINY = Group("random:tiny", SIDE, ("fp32",), ("eager", "torch-tensorrt"))
+
+
+def test_a_peer_that_takes_too_long_is_left(tiny_matrix: Callable[..., Matrix], tmp_path: Path) -> None:
+    said: list[str] = []
+    assert tiny_matrix(said, peer_s=0).run(iter([Group("random:tiny", SIDE, (), ("eager",)), TINY]))
+    assert "diffusers eager: its time ended, 0 findings are kept" in said
+    assert {row.subject for row in read_rows(tmp_path / "rows.csv")} == {"sana-export onnxruntime"}
 
 
 def test_a_second_run_measures_nothing(tiny_matrix: Callable[..., Matrix], tmp_path: Path) -> None:
