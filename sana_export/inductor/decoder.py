@@ -27,12 +27,16 @@ from sana_export.reference.dc_ae import AutoencoderConfig, Window, stage_windows
 from sana_kernels.linear_attention import linear_attention
 from sana_kernels.mix_ffn_depthwise import mix_ffn_depthwise
 from sana_kernels.modulated_norm.api import Impl
+from sana_runtime.contract import PIXELS_PER_LATENT
 from sana_runtime.inductor_program import Call
 
 _NORM_EPS = 1e-5
 # The most that one picture of a stage may take before the stage is computed in windows. At 1024 px the last stage's
 # takes twice as much.
 _WINDOW_BYTES = 128 << 20
+# More windows would save little of what the picture itself takes, and compute more rows twice: 32 of them, at 4096 px,
+# one row in eight.
+_MOST_WINDOWS = 8
 Upsampling = Literal["phases", "interpolate"]
 Depthwise = Literal["shifted", "library"]
 Grouped = Literal["batched", "library"]
@@ -87,7 +91,8 @@ def decoder_calls(layout: DecoderLayout) -> tuple[Call, ...]:
 
 
 def _windows(layout: DecoderLayout, stage: int) -> tuple[Window, ...]:
-    most = _WINDOW_BYTES // layout.dtype.itemsize
+    largest = layout.height * layout.width * PIXELS_PER_LATENT**2 * layout.config.decoder_channels[0]
+    most = max(_WINDOW_BYTES // layout.dtype.itemsize, largest // _MOST_WINDOWS)
     return stage_windows(layout.config, stage, layout.height, layout.width, most)
 
 
