@@ -131,7 +131,7 @@ def tiling(rows: int, columns: int, depth: int, gated: bool = False) -> Tiling:
     """Of a product [rows, depth] x [columns, depth]: by `benchmarks/weight_only_linear.py --sweep` on an H100 for the
     layers of a Gemma-2-2B (README.md). What is gated needs whole sums.
     """
-    tile = Tiling()
+    tile = Tiling(num_stages=3) if gated else Tiling()
     programs = -(-rows // tile.rows) * -(-columns // tile.columns)
     cut = not gated and programs < _FEW_PROGRAMS and depth % (_PARTS * tile.depth) == 0
     return Tiling(parts=_PARTS) if cut else tile
