@@ -19,7 +19,7 @@ import torch
 from sana_export.bench.machine import describe_machine, used_memory_mib
 from sana_export.bench.subjects import PROMPT
 from sana_runtime.errors import SanaError
-from sana_runtime.inductor_engine import prefer_no_library_workspace
+from sana_runtime.inductor_engine import prefer_little_memory
 from sana_runtime.pipeline import Pipeline, draw_noise, seeded_generator
 
 _MIB = 1 << 20
@@ -56,7 +56,7 @@ def main() -> int:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--one-at-a-time", action="store_true", help="keep one engine in memory")
     chosen = parser.parse_args()
-    prefer_no_library_workspace()  # as the engines run
+    prefer_little_memory()  # as the engines run
     if not torch.cuda.is_available():
         print("no CUDA device: this script looks at a GPU's memory", file=sys.stderr)
         return 1

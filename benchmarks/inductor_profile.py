@@ -43,7 +43,7 @@ from sana_kernels.cross_attention.testing import make_inputs as cross_inputs
 from sana_kernels.linear_attention import linear_attention
 from sana_kernels.mix_ffn_depthwise import mix_ffn_depthwise
 from sana_kernels.modulated_norm import residual_modulated_norm
-from sana_runtime.inductor_engine import load_piece, prefer_no_library_workspace
+from sana_runtime.inductor_engine import load_piece, prefer_little_memory
 from sana_runtime.inductor_program import run_calls
 
 Values = dict[str, torch.Tensor]
@@ -879,7 +879,7 @@ def text_encoder_weights(
 
 def main() -> int:
     """Run the sections asked for."""
-    prefer_no_library_workspace()  # as the engines run
+    prefer_little_memory()  # as the engines run
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sections = ("ceilings", "operators", "aoti", "steps", "decoder", "encoder")
     parser.add_argument("--sections", nargs="+", default=list(sections), choices=sections)

@@ -29,7 +29,7 @@ from sana_export.inductor.text_encoder import TextEncoderLayout
 from sana_kernels.weight_only_linear import triton as kernels
 from sana_kernels.weight_only_linear.testing import Case, Inputs, make_inputs, verify, verify_exact_sums
 from sana_runtime.contract import CAPTION_LENGTH
-from sana_runtime.inductor_engine import prefer_no_library_workspace
+from sana_runtime.inductor_engine import prefer_little_memory
 
 # As many rows as the text encoder computes per prompt.
 ROWS = -(-CAPTION_LENGTH // 16) * 16
@@ -241,7 +241,7 @@ def main() -> int:
     if chosen.device == "cpu" and not kernels.ON_CPU:
         print("--device cpu runs kernels in Triton's interpreter: set TRITON_INTERPRET=1", file=sys.stderr)
         return 1
-    prefer_no_library_workspace()  # as the engines run
+    prefer_little_memory()  # as the engines run
     found = [layer for layer in layers(chosen.sizes) if layer.name in (chosen.layers or layer.name)]
     with chosen.output.open("w", newline="") as file, torch.no_grad():
         session = Session.begin(chosen, file)

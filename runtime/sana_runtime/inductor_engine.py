@@ -80,11 +80,14 @@ def inductor_problem(device: str, torch_version: str) -> str | None:
     return None if here == device else f"compiled for {device}, this is {here}"
 
 
-def prefer_no_library_workspace() -> None:
-    """Unless the user has chosen a size: without room for its counters cuBLASLt takes kernels that need none, nor a
-    memset before each of them. PyTorch reads the variable when the process makes its first product.
+def prefer_little_memory() -> None:
+    """Unless the user has chosen otherwise: without room for its counters cuBLASLt takes kernels that need none, nor a
+    memset before each of them; and graphs of several engines fit their common memory where PyTorch maps it page by
+    page. PyTorch reads the variables when the process first uses the GPU.
     """
     os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "0")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 class TorchMemory(DeviceMemory):
@@ -128,6 +131,11 @@ class TorchMemory(DeviceMemory):
         if self.device.type == "cuda":
             self.synchronize()
             gc.collect()  # engines and graphs refer to each other
+            self.release_unused()
+
+    def release_unused(self) -> None:
+        """Give the GPU back what no tensor uses."""
+        if self.device.type == "cuda":
             self.torch.cuda.empty_cache()
 
     def _write(self, content: npt.NDArray[np.generic], target: DeviceTensor) -> None:
@@ -159,7 +167,7 @@ class InductorBackend(Backend):
     memory: TorchMemory
 
     def __init__(self, device: str) -> None:
-        prefer_no_library_workspace()
+        prefer_little_memory()
         self.memory = TorchMemory(device)
         torch = self.memory.torch
         name = torch.cuda.get_device_name(0) if device == "cuda" else platform.machine()
@@ -448,6 +456,9 @@ class InductorTextEncoder(InductorEngine):
         # Keys and values [key_heads, prefix, D], results [1, prefix, C].
         length = next(iter(made.values())).shape[1]
         self._prefix = {name: array[:, :length].copy() for name, array in content.items()}
+        # Nothing outside of graphs needs as much again.
+        del values, made
+        self._work.memory.release_unused()
 
 
 class InductorLoopEngine(InductorEngine, LoopEngine):
