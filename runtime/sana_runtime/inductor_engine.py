@@ -41,6 +41,7 @@ _MOST_GRAPHS = 3
 
 def torch_module() -> Any:
     """PyTorch, imported on first use. Raises `TargetError` where it is missing or broken."""
+    prefer_little_memory()
     try:
         return importlib.import_module("torch")
     except Exception as error:  # a torch whose libraries are missing raises what it likes
@@ -83,7 +84,7 @@ def inductor_problem(device: str, torch_version: str) -> str | None:
 def prefer_little_memory() -> None:
     """Unless the user has chosen otherwise: without room for its counters cuBLASLt takes kernels that need none, nor a
     memset before each of them; and graphs of several engines fit their common memory where PyTorch maps it page by
-    page. PyTorch reads the variables when the process first uses the GPU.
+    page. It reads the variables before it first uses the GPU: a program that has used it already keeps what it has.
     """
     os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "0")
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
@@ -167,7 +168,6 @@ class InductorBackend(Backend):
     memory: TorchMemory
 
     def __init__(self, device: str) -> None:
-        prefer_little_memory()
         self.memory = TorchMemory(device)
         torch = self.memory.torch
         name = torch.cuda.get_device_name(0) if device == "cuda" else platform.machine()
