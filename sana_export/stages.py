@@ -25,8 +25,8 @@ from sana_export.components import ComponentPlan, empty_module
 from sana_export.graph.export import WEIGHTS_FILE, ExportReport, export_component
 from sana_export.graph.fusion import check_fusion, parse_capability
 from sana_export.graph.opset import OPSET
-from sana_export.graph.passes import gather_rows, quick_plugins
-from sana_export.graph.variants import write_variant
+from sana_export.graph.passes import quick_plugins
+from sana_export.graph.variants import ONNXRUNTIME_GRAPH, write_onnxruntime_graph, write_variant
 from sana_export.inductor.compile import Begun
 from sana_export.inductor.stage import InductorStage
 from sana_export.inductor.workers import Workers
@@ -71,8 +71,6 @@ _PLUGIN_CAPABILITIES: dict[TargetName, tuple[int, ...]] = {
 }
 TENSORRT_TARGETS: tuple[TargetName, ...] = tuple(_PLUGIN_CAPABILITIES)
 PLUGIN_FOLDER = "plugins"
-# A graph that reads a stored embedding table row by row: ONNX Runtime's, where there is one.
-ROWS_GRAPH = "onnxruntime.onnx"
 _OWN = Path(__file__).parent
 
 
@@ -330,12 +328,12 @@ class Stages:
             with whole_file(file) as temporary:
                 (partial / file.name).rename(temporary)
         partial.rmdir()
-        rows_graph, tables = write_variant(files[0], ROWS_GRAPH, gather_rows.run)
-        files += [rows_graph] if tables else []
+        variant, rewritten = write_onnxruntime_graph(files[0])
+        files += variant
         passes = ", ".join(f"{name} {count}" for name, count in report.passes.items())
         measured: Measured = {"nodes": report.nodes, "weight_bytes": report.weight_bytes, "passes": passes}
         measured["linear_attention"] = report.passes["linear_attention_function"]
-        measured["tables_read_by_row"] = tables
+        measured |= rewritten
         return files + self._quantization_report(plan, report, measured), measured
 
     def _quantization_report(self, plan: ComponentPlan, report: ExportReport, measured: Measured) -> list[Path]:
@@ -371,9 +369,9 @@ class Stages:
         if target == "onnxruntime":
             version = importlib.metadata.version("onnxruntime")
             paths = [entry.path for entry in graph_files]
-            by_row = f"{plan.name}/{ROWS_GRAPH}"
-            if by_row in {entry.path for entry in graph.files}:
-                paths[0] = by_row
+            own = f"{plan.name}/{ONNXRUNTIME_GRAPH}"
+            if own in {entry.path for entry in graph.files}:
+                paths[0] = own
             return EngineEntry(target, tuple(paths), "ONNX Runtime", version)
         library = self.libraries[target]
         path = self.staging.folder / plan.name / f"{target}.plan"

@@ -135,9 +135,16 @@ def _examine_onnxruntime(manifest: Manifest) -> TargetVerdict:
         reason = "onnxruntime is not installed: pip install 'sana-runtime[onnxruntime]'"
         return TargetVerdict("onnxruntime", False, reason)
     problem = _onnxruntime_cuda_problem()
+    low = [entry.name for entry in manifest.components if _dtype(entry) == "bfloat16"]
+    if low and manifest.quantization is not None:
+        return TargetVerdict(
+            "onnxruntime",
+            False,
+            f"{', '.join(low)}: bfloat16 beside quantised layers, for which ONNX Runtime has no QuantizeLinear; "
+            "a bundle built with --base-precision fp32 runs",
+        )
     if problem is None:
         return TargetVerdict("onnxruntime", True, "ONNX Runtime runs it through CUDA")
-    low = [entry.name for entry in manifest.components if _dtype(entry) == "bfloat16"]
     if low:
         return TargetVerdict(
             "onnxruntime",

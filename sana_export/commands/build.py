@@ -161,7 +161,10 @@ def run(
     console.print(f"bundle: {output}  (digest {manifest.digest[:12]})")
     _report_gate(console, manifest)
     if "onnxruntime" in manifest.targets and any(entry.dtype == "bfloat16" for entry in manifest.components):
-        console.print("note: ONNX Runtime runs bf16 graphs on CUDA only; for its CPU provider build fp32.")
+        if manifest.quantization is None:
+            console.print("note: ONNX Runtime runs bf16 graphs on CUDA only; for its CPU provider build fp32.")
+        else:
+            console.print("note: ONNX Runtime has no QuantizeLinear of bf16: it runs bundles of --base-precision fp32.")
 
 
 def _report_gate(console: Console, manifest: "Manifest") -> None:

@@ -6,10 +6,12 @@ import sys
 from types import ModuleType
 from typing import Any
 
+import msgspec
 import pytest
 
 from sana_runtime import cuda, targets
 from sana_runtime.errors import TargetError
+from sana_runtime.manifest import QuantizationEntry
 from sana_runtime.targets import choose_target, examine_targets, rtx_supports
 from tests.runtime.toys import toy_manifest
 
@@ -127,6 +129,19 @@ def test_bfloat16_needs_cuda_under_onnxruntime(machine: Machine, dtype: str) -> 
     assert examine_targets(manifest)[0] == targets.TargetVerdict(
         "onnxruntime", True, "ONNX Runtime runs it through CUDA"
     )
+
+
+def test_bfloat16_beside_quantised_layers_runs_nowhere_under_onnxruntime(machine: Machine) -> None:
+    entry = QuantizationEntry("fp8", "quantization/recipe.yaml", "0" * 64, None, None, 8.0, 25.0, 0.9, None)
+    machine.providers("CUDAExecutionProvider", "CPUExecutionProvider")
+    machine.gpu((9, 0))
+    quantised = msgspec.structs.replace(toy_manifest(dtype="bfloat16"), quantization=entry)
+    (verdict,) = examine_targets(quantised)
+    assert not verdict.usable
+    assert "no QuantizeLinear" in verdict.reason
+    assert "--base-precision fp32" in verdict.reason
+    in_fp32 = msgspec.structs.replace(toy_manifest(dtype="float32"), quantization=entry)
+    assert examine_targets(in_fp32)[0].usable
 
 
 def test_no_usable_target_lists_every_reason(machine: Machine) -> None:
