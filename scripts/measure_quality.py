@@ -199,18 +199,20 @@ class ModulePainter:
         ]
 
     @torch.inference_mode()
-    def paint(self, solver: str, steps: int) -> Iterator[Pixels]:
+    def paint(self, scheduler: SchedulerEntry, steps: int, guidance_scale: float) -> Iterator[Pixels]:
         """The picture of every prompt; prompt i starts from the runtime's noise of seed i."""
-        table = step_table(_with_solver(scheduler_entry(self._run.checkpoint), solver), steps)
+        table = step_table(scheduler, steps)
         count = len(self._run.prompts)
         for start in range(0, count, _BATCH):
             indices = range(start, min(start + _BATCH, count))
             noise = np.concatenate([draw_noise(seeded_generator(i), self._run.latent_shape) for i in indices])
-            latent = self._solve(torch.from_numpy(noise).to(self._device), indices, table)
+            latent = self._solve(torch.from_numpy(noise).to(self._device), indices, table, guidance_scale)
             for part in latent.split(_DECODED_AT_ONCE):
                 yield from self._decoder(part).cpu().numpy()
 
-    def _solve(self, latent: torch.Tensor, indices: Sequence[int], table: StepTable) -> torch.Tensor:
+    def _solve(
+        self, latent: torch.Tensor, indices: Sequence[int], table: StepTable, guidance_scale: float
+    ) -> torch.Tensor:
         """`ClassifierFreeStep`'s arithmetic for many pictures at once: the batch is [negatives, positives]."""
         count, model = len(indices), self._transformer
         dtype = model.proj_out.weight.dtype
@@ -221,13 +223,15 @@ class ModulePainter:
             moments = torch.full((2 * count,), float(timestep), device=self._device)
             both = model(latent.to(dtype).repeat(2, 1, 1, 1), embeds, mask, moments).float()
             negative, positive = both.chunk(2)
-            x0 = latent - float(sigma) * (negative + self._run.guidance_scale * (positive - negative))
+            x0 = latent - float(sigma) * (negative + guidance_scale * (positive - negative))
             latent, previous = float(a) * latent + float(b) * x0 + float(c) * previous, x0
         return latent
 
 
-def _with_solver(entry: SchedulerEntry, solver: str) -> SchedulerEntry:
-    return msgspec.structs.replace(entry, kind=solver)
+def scheduler_of(solver: str, flow_shift: float | None = None) -> SchedulerEntry:
+    """The shipped model's scheduler with another solver, and another shift if one is given."""
+    entry = scheduler_entry(open_checkpoint(SHIPPED_MODEL))
+    return msgspec.structs.replace(entry, kind=solver, flow_shift=flow_shift or entry.flow_shift)
 
 
 def _fake_quantize_as(bundle: Path, name: ComponentName, module: nn.Module, run: DenoisingRun) -> None:
@@ -247,22 +251,23 @@ def _fake_quantize_as(bundle: Path, name: ComponentName, module: nn.Module, run:
 _pipeline: Pipeline
 
 
-def _open_bundle(bundle: Path, solver: str) -> None:
+def _open_bundle(bundle: Path, scheduler: SchedulerEntry) -> None:
     """In a process of the pool."""
     global _pipeline
     _pipeline = Pipeline.load(bundle, "onnxruntime", threads=1, report=lambda _: None)
-    scheduler = _with_solver(_pipeline.manifest.scheduler, solver)
     _pipeline.manifest = msgspec.structs.replace(_pipeline.manifest, scheduler=scheduler)
 
 
-def _paint_one(text: str, seed: int, steps: int) -> Pixels:
-    return _pipeline.generate(text, seed=seed, num_steps=steps).pixels
+def _paint_one(text: str, seed: int, steps: int, guidance_scale: float) -> Pixels:
+    return _pipeline.generate(text, seed=seed, num_steps=steps, guidance_scale=guidance_scale).pixels
 
 
-def paint_with_bundle(bundle: Path, texts: Sequence[str], solver: str, steps: int, cores: int) -> Iterator[Pixels]:
+def paint_with_bundle(
+    bundle: Path, texts: Sequence[str], scheduler: SchedulerEntry, steps: int, guidance_scale: float, cores: int
+) -> Iterator[Pixels]:
     """Every prompt's picture."""
-    with ProcessPoolExecutor(cores, get_context("spawn"), _open_bundle, (bundle, solver)) as pool:
-        futures = [pool.submit(_paint_one, text, seed, steps) for seed, text in enumerate(texts)]
+    with ProcessPoolExecutor(cores, get_context("spawn"), _open_bundle, (bundle, scheduler)) as pool:
+        futures = [pool.submit(_paint_one, text, seed, steps, guidance_scale) for seed, text in enumerate(texts)]
         for future in futures:
             yield future.result()
 
@@ -349,13 +354,15 @@ class Measurement:
     def pictures(self, way: Way) -> Iterator[Pixels]:
         """Paint."""
         bundle = build_bundle(self.bundles, way) if way.needs_bundle else None
+        scheduler = scheduler_of(way.solver)
+        scale = scheduler.default_guidance_scale
         if way.target == "onnxruntime":
             assert bundle is not None
-            yield from paint_with_bundle(bundle, self.texts, way.solver, way.steps, self.cores)
+            yield from paint_with_bundle(bundle, self.texts, scheduler, way.steps, scale, self.cores)
             return
         if way.precision not in self.painters:
             self.painters[way.precision] = ModulePainter(way.precision, bundle, self.texts, self.device)
-        yield from self.painters[way.precision].paint(way.solver, way.steps)
+        yield from self.painters[way.precision].paint(scheduler, way.steps, scale)
 
     def reference(self, way: Way) -> list[Pixels]:
         """The bf16 pictures, kept as files beside the bundles: whoever painted them on a GPU need not paint them again
@@ -443,7 +450,8 @@ def _chosen(arguments: argparse.Namespace) -> Iterator[Way]:
             yield way
 
 
-def _commit() -> str:
+def this_commit() -> str:
+    """As git names it."""
     found = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
     )
@@ -461,7 +469,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compared", type=int, metavar="N", help="with bf16 pictures: the first N; default: all")
     parser.add_argument("--minutes", type=float, help="begin no further row after this long")
-    parser.add_argument("--commit", default=_commit(), help="default: git's")
+    parser.add_argument("--commit", default=this_commit(), help="default: git's")
     parser.add_argument("--rows", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if arguments.compared is not None and arguments.compared < 0:
