@@ -12,7 +12,7 @@ import msgspec
 
 from sana_runtime.contract import ComponentName, GuidanceKind, TargetName, TensorSpec
 from sana_runtime.errors import BundleError
-from sana_runtime.files import sha256_file
+from sana_runtime.files import sha256_files
 
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
@@ -228,14 +228,16 @@ def verify_files(
     on_bytes: Callable[[int], None] | None = None,
 ) -> None:
     """Check that files exist with the recorded sizes and, with `digests`, contents. Raises `BundleError`."""
-    for entry in entries:
-        path = bundle / entry.path
+    paths = [bundle / entry.path for entry in entries]
+    for path, entry in zip(paths, entries, strict=True):
         if not path.is_file():
             raise _damaged(path, "the file is missing", "the file")
         size = path.stat().st_size
         if size != entry.size:
             raise _damaged(path, f"{size} bytes", f"{entry.size} bytes")
-        if digests and sha256_file(path, on_bytes) != entry.sha256:
+    found = sha256_files(paths, on_bytes) if digests else [entry.sha256 for entry in entries]
+    for path, entry, digest in zip(paths, entries, found, strict=True):
+        if digest != entry.sha256:
             raise _damaged(path, "another content", f"SHA-256 {entry.sha256[:12]}…")
 
 

@@ -1,0 +1,62 @@
+"""Digests of several files at once."""
+
+import hashlib
+import threading
+from pathlib import Path
+
+import pytest
+
+from sana_runtime import files
+from sana_runtime.files import sha256_file, sha256_files
+
+CHUNK = 1 << 12
+
+
+@pytest.fixture
+def paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Files of 0 to 60 chunks and a bit."""
+    monkeypatch.setattr(files, "_CHUNK_BYTES", CHUNK)
+    found = []
+    for index in range(7):
+        path = tmp_path / f"{index}"
+        path.write_bytes(bytes([index]) * (index * 10 * CHUNK + index))
+        found.append(path)
+    return found
+
+
+def test_digests_come_in_the_order_of_the_files(paths: list[Path]) -> None:
+    told: list[int] = []
+    wanted = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    assert sha256_files(paths, told.append) == wanted == [sha256_file(path) for path in paths]
+    assert sum(told) == sum(path.stat().st_size for path in paths)
+    assert sha256_files([]) == []
+
+
+def test_one_thread_at_a_time_is_told(paths: list[Path]) -> None:
+    inside = threading.Lock()
+
+    def told(_: int) -> None:
+        assert inside.acquire(blocking=False)
+        inside.release()
+
+    sha256_files(paths, told)
+
+
+def test_an_interrupt_does_not_wait_for_the_other_files(paths: list[Path]) -> None:
+    told: list[int] = []
+
+    def interrupted(count: int) -> None:
+        told.append(count)
+        if len(told) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sha256_files(paths, interrupted)
+    # A thread that was between two chunks may have told one more before it is stopped; all of them are 216.
+    assert len(told) < 100
+
+
+def test_a_missing_file_is_an_error(paths: list[Path]) -> None:
+    paths[3].unlink()
+    with pytest.raises(FileNotFoundError):
+        sha256_files(paths)
