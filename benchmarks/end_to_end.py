@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from sana_export.bench.subjects import ONE_AT_A_TIME, STAGES
+from sana_export.bench.subjects import ONE_AT_A_TIME, SHORT_CAPTION, STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = ROOT / "benchmarks" / "results" / "end_to_end.csv"
@@ -80,7 +80,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--side", action="append", default=[], type=int, help="only these sizes, in pixels")
     add("--precision", action="append", help="only bundles of these precisions")
     add("--peer", action="append", help="only these peers, or none")
-    add("--stage", action="append", choices=(*STAGES, ONE_AT_A_TIME), help="only this stage; may be repeated")
+    add(
+        "--stage",
+        action="append",
+        choices=(*STAGES, SHORT_CAPTION, ONE_AT_A_TIME),
+        help="only this stage; may be repeated",
+    )
     add("--any", action="store_true", help="measure what is named, whether or not the matrix has it")
     add("--target", default="inductor", help="of the bundles")
     add("--device", choices=("cuda", "cpu"), help="default: the GPU if there is one")

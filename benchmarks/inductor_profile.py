@@ -44,7 +44,7 @@ from sana_kernels.linear_attention import linear_attention
 from sana_kernels.mix_ffn_depthwise import mix_ffn_depthwise
 from sana_kernels.modulated_norm import residual_modulated_norm
 from sana_runtime.inductor_engine import load_piece, prefer_little_memory
-from sana_runtime.inductor_program import run_calls
+from sana_runtime.inductor_program import Call, run_calls
 
 Values = dict[str, torch.Tensor]
 CAPTION_LENGTH = 300
@@ -804,7 +804,7 @@ def one_text_encoder(session: Session, config: Mapping[str, Any], precision: str
     layout = gemma.TextEncoderLayout.from_upstream(config, PROMPT_TOKENS, torch.bfloat16, codes, impl)
     forms = {name: LinearForm(False, codes) for name in gemma.LAYER_LINEARS}
     pieces, layers = gemma.text_encoder_pieces(layout, (forms,) * layout.layers)
-    prefix, caption = gemma.text_encoder_calls(pieces, layers)
+    prefix, whole, short = gemma.text_encoder_calls(pieces, layers)
     kept = frozenset(name for call in prefix for name in call.outputs)
     values = text_encoder_weights(session, config, layout, codes)
     values["caption_mask"] = torch.ones(1, PROMPT_TOKENS, dtype=torch.int64, device=session.device)
@@ -823,23 +823,24 @@ def one_text_encoder(session: Session, config: Mapping[str, Any], precision: str
         run_calls(prefix, with_pieces, found, kept)
         return found
 
-    def run(with_pieces: Mapping[str, Any], found: Values) -> torch.Tensor:
+    def run(calls: tuple[Call, ...], with_pieces: Mapping[str, Any], found: Values) -> torch.Tensor:
         found = dict(found)
-        run_calls(caption, with_pieces, found, frozenset({"caption_embeds"}))
+        run_calls(calls, with_pieces, found, frozenset({"caption_embeds"}))
         return found["caption_embeds"]
 
-    prepared = with_prefix(fast)
-    got = run(fast, prepared)
+    prepared, prepared_eagerly = with_prefix(fast), with_prefix(pieces)
+    got = {calls: run(calls, fast, prepared) for calls in (whole, short)}
     session.row("build", "text encoder", subject, time.monotonic() - started, "s")
     bound = 2 * math.sqrt(ROUNDINGS_PER_BLOCK * layout.layers) * BF16_ROUNDOFF
-    eager = run(pieces, with_prefix(pieces))
-    held(session, "text encoder", f"{subject} against eager pieces", relative_rms(got, eager), bound)
-    replay = capture(session, lambda: run(fast, prepared))
-    time_us = microseconds(session, replay, 10)
     stored = sum(values[n].nbytes for n in values if n.startswith("layers."))
-    note = f"layers' weights {stored >> 20} MiB, {layout.prefix} positions kept"
-    session.row("encoder", subject, f"{PROMPT_TOKENS} tokens", time_us, "us", note)
-    kernel_table(session, f"encoder {subject}", replay, layout.layers)
+    for calls, tokens in ((whole, PROMPT_TOKENS), (short, layout.short_end)):
+        error = relative_rms(got[calls], run(calls, pieces, prepared_eagerly))
+        held(session, "text encoder", f"{subject} against eager pieces, {tokens} tokens", error, bound)
+        replay = capture(session, lambda calls=calls: run(calls, fast, prepared))
+        time_us = microseconds(session, replay, 10)
+        note = f"layers' weights {stored >> 20} MiB, {layout.prefix} positions kept"
+        session.row("encoder", subject, f"{tokens} tokens", time_us, "us", note)
+        kernel_table(session, f"encoder {subject}, {tokens} tokens", replay, layout.layers)
 
 
 def text_encoder_weights(

@@ -357,7 +357,7 @@ class _Work:
     def prepared(self) -> dict[str, Any]:
         """All values that a step reads, but for what changes from step to step."""
         values = {**self.weights, **self.inputs, **self.tables.values}
-        run_calls(self.program.prepare, self.pieces, values, _read_by_step(self.program))
+        run_calls(self.program.prepare, self.pieces, values, _made_for_steps(self.program))
         return values
 
     # Walked through once: to do so for every prompt takes a tenth of a millisecond.
@@ -416,7 +416,7 @@ class InductorEngine(Engine):
 
 class InductorTextEncoder(InductorEngine):
     """The text encoder. What the positions before the caption give, where the program tells them apart, is kept until
-    their tokens change: before most prompts stands the same instruction.
+    their tokens change: before most prompts stands the same instruction. Short captions have calls of their own.
     """
 
     def __init__(self, component: ComponentEntry, work: _Work) -> None:
@@ -424,19 +424,34 @@ class InductorTextEncoder(InductorEngine):
         # The inputs' first positions, and what they gave. A captured graph reads the latter's very tensors.
         self._prefix: dict[str, npt.NDArray[np.generic]] = {}
         self._kept: dict[str, Any] = {}
+        short = work.program.short_step
+        # Without a program for short captions none is short. What each step reads is found once.
+        self._short_end = short.end if short else 0
+        self._steps = {
+            is_short: (calls, _read_by(calls))
+            for is_short, calls in ((False, work.program.step), (True, short.calls if short else ()))
+        }
 
     def _run(self, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]) -> None:
         with self._work.memory.torch.inference_mode():
             self._feed(inputs)
             if self._work.program.prepare:
                 self._keep_prefix(inputs)
-            self._work.look_up(inputs, self._work.read_by_step)
-            self._work.run(("once",), self._step, self._step)
+            is_short = self._is_short(inputs)
+            calls, read = self._steps[is_short]
+            self._work.look_up(inputs, read)
+            self._work.run(("once", is_short), lambda: self._step_by(calls), lambda: self._step_by(calls))
             self._fetch(outputs)
 
-    def _step(self) -> None:
+    def _is_short(self, inputs: Mapping[str, DeviceTensor]) -> bool:
+        """Whether no token is valid from the end of short captions on."""
+        if not self._short_end:
+            return False
+        return not self._work.memory.content(inputs["caption_mask"])[0, self._short_end :].any()
+
+    def _step_by(self, calls: Sequence[Call]) -> None:
         values = {**self._work.weights, **self._work.inputs, **self._work.tables.values, **self._kept}
-        run_calls(self._work.program.step, self._work.pieces, values, frozenset(self._work.outputs))
+        run_calls(calls, self._work.pieces, values, frozenset(self._work.outputs))
         self._work.finish(values)
 
     def _keep_prefix(self, inputs: Mapping[str, DeviceTensor]) -> None:
@@ -448,7 +463,7 @@ class InductorTextEncoder(InductorEngine):
             return
         self._work.look_up(inputs, self._work.read_by_prepare)
         values = self._work.prepared()
-        made = {name: values[name] for name in _read_by_step(self._work.program)}
+        made = {name: values[name] for name in _made_for_steps(self._work.program)}
         if not self._kept:
             self._kept = {name: tensor.clone() for name, tensor in made.items()}
         for name, tensor in made.items():
@@ -511,9 +526,10 @@ class InductorLoopEngine(InductorEngine, LoopEngine):
 _ENGINES: dict[str, type[InductorEngine]] = {"text_encoder": InductorTextEncoder, "transformer": InductorLoopEngine}
 
 
-def _read_by_step(program: Program) -> frozenset[str]:
+def _made_for_steps(program: Program) -> frozenset[str]:
     made = {name for call in program.prepare for name in call.outputs}
-    return frozenset(made & _read_by(program.step))
+    short = program.short_step.calls if program.short_step else ()
+    return frozenset(made & (_read_by(program.step) | _read_by(short)))
 
 
 def _read_by(calls: Sequence[Call]) -> frozenset[str]:

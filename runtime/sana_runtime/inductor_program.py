@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # A piece takes tensors by position and returns a sequence of them.
 RunPiece = Callable[..., Sequence[Any]]
 
@@ -36,10 +36,19 @@ class Lookup:
 
 
 @dataclass(frozen=True)
+class ShortStep:
+    """The step for prompts without a valid token from position `end` on: its `calls` compute nothing for those."""
+
+    end: int
+    calls: tuple[Call, ...]
+
+
+@dataclass(frozen=True)
 class Program:
     """`pieces`: name -> file, and the `weights` file, both beside the program. `prepare` depends only on inputs that
     stay the same over a denoising loop; `step` is the rest. `device` and `torch` are those it was compiled for.
-    `lookups` come before the calls that read them, and `tables` is the file of their tables.
+    `lookups` come before the calls that read them, and `tables` is the file of their tables. A text encoder may have a
+    `short_step`.
     """
 
     version: int
@@ -51,6 +60,7 @@ class Program:
     step: tuple[Call, ...]
     tables: str = ""
     lookups: tuple[Lookup, ...] = ()
+    short_step: ShortStep | None = None
 
 
 def value_name(text: str) -> str:

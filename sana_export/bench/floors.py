@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from sana_calibration.rules import LayerRule
 from sana_export.bench.ceilings import Ceilings
+from sana_export.bench.subjects import SHORT_CAPTION
 from sana_export.reference.dc_ae import AutoencoderConfig
 from sana_export.reference.transformer import TransformerConfig
 from sana_runtime.contract import CAPTION_LENGTH, PIXELS_PER_LATENT
@@ -281,20 +282,24 @@ def text_encoder_stage(
 
 @dataclass(frozen=True)
 class PictureWork:
-    """All stages of one picture. `text_encoder` is one prompt: the empty negative prompt's caption is kept."""
+    """All stages of one picture. `text_encoder` is one prompt: the empty negative prompt's caption is kept.
+    `short_caption` is that of a picture's prompt, where engines compute less for it.
+    """
 
     text_encoder: Stage
     caption: Stage
     step: Stage
     vae_decoder: Stage
+    short_caption: Stage | None = None
 
     def stage(self, name: str) -> Stage | None:
         """The work of a row's stage; None for rows that are not one call."""
-        return {"text_encoder": self.text_encoder, "step": self.step, "vae_decoder": self.vae_decoder}.get(name)
+        stages = {"text_encoder": self.text_encoder, "step": self.step, "vae_decoder": self.vae_decoder}
+        return self.short_caption if name == SHORT_CAPTION else stages.get(name)
 
     def calls(self, num_steps: int) -> Iterator[Stage]:
         """Every call of a picture, in order: each must wait for the one before."""
-        yield self.text_encoder
+        yield self.short_caption or self.text_encoder
         yield self.caption
         yield from (self.step for _ in range(num_steps))
         yield self.vae_decoder

@@ -19,6 +19,7 @@ from sana_export.bench.run import (
     done_stages,
     measure_ours,
     measure_peer,
+    our_stages,
     peer_case,
     peer_label,
     peer_stages,
@@ -125,7 +126,7 @@ class Matrix:
 
     def _engines(self, case: Case, checkpoint: Checkpoint) -> None:
         label = f"{OURS} {self._settings.target}"
-        missing = self._missing(case, label, OUR_STAGES)
+        missing = self._missing(case, label, our_stages(self._settings.target))
         if not missing:
             return
         self._say(f"--- {_described(case)}, {label}: {', '.join(missing)}")

@@ -11,11 +11,12 @@ import msgspec
 from sana_calibration.recipe import load_recipe
 from sana_export.bench import processes
 from sana_export.bench.ceilings import Ceilings
-from sana_export.bench.floors import PictureWork, caption_stage, decoder_stage, step_stage, text_encoder_stage
+from sana_export.bench.floors import PictureWork, Stage, caption_stage, decoder_stage, step_stage, text_encoder_stage
 from sana_export.bench.machine import Machine, describe_machine, used_memory_mib
 from sana_export.bench.rows import OURS, Case, Row, floor_figures, make_row
 from sana_export.bench.subjects import (
     ONE_AT_A_TIME,
+    SHORT_CAPTION,
     STAGES,
     Failed,
     Finding,
@@ -29,7 +30,7 @@ from sana_export.bench.subjects import (
 from sana_export.bundle import read_build_record
 from sana_export.calibration_run import rules_of
 from sana_export.components import plan_components
-from sana_export.inductor.text_encoder import prefix_length
+from sana_export.inductor.text_encoder import prefix_length, short_end
 from sana_export.parity.tolerance import ParityError
 from sana_export.reference.dc_ae import AutoencoderConfig
 from sana_export.reference.transformer import TransformerConfig
@@ -40,10 +41,15 @@ from sana_runtime.manifest import Manifest
 
 _Struct = TypeVar("_Struct", bound=msgspec.Struct)
 OnLine = Callable[[str], None]
-OUR_STAGES = (*STAGES, ONE_AT_A_TIME)
+OUR_STAGES = (*STAGES, SHORT_CAPTION, ONE_AT_A_TIME)
 _PEER_PRECISION = {"cuda": "bf16", "cpu": "fp32"}
 # The peers whose first picture says something about diffusers rather than about its compilers.
 _COLD_PEERS = ("eager",)
+
+
+def our_stages(target: str) -> tuple[str, ...]:
+    """The stages that engines of a target have rows of."""
+    return tuple(stage for stage in OUR_STAGES if stage != SHORT_CAPTION or target == "inductor")
 
 
 class BudgetSpent(Exception):
@@ -138,8 +144,9 @@ def measure_ours(
     label = f"{OURS} {judged.target}"
     ceilings = bench.ceilings(judged.device)
     tokens = manifest.tokenizer.padded_length
-    kept = prefix_length(tokens) if subject.target == "inductor" else 0
-    work = picture_work(checkpoint, case, caption_tokens=tokens, recipe=_recipe(subject, manifest), kept=kept)
+    kept, short = (prefix_length(tokens), short_end(tokens)) if subject.target == "inductor" else (0, 0)
+    recipe = _recipe(subject, manifest)
+    work = picture_work(checkpoint, case, caption_tokens=tokens, recipe=recipe, kept=kept, short=short)
     rows = [make_row(machine, case, label, "parity", note=f"{judged.verdict}; on {judged.description}")]
     seconds = _build_seconds(Path(subject.bundle))
     if seconds is not None:
@@ -187,10 +194,11 @@ def peer_stages(peer: str) -> tuple[str, ...]:
 
 
 def picture_work(
-    checkpoint: Checkpoint, case: Case, *, caption_tokens: int, recipe: str | None, kept: int = 0
+    checkpoint: Checkpoint, case: Case, *, caption_tokens: int, recipe: str | None, kept: int = 0, short: int = 0
 ) -> PictureWork:
-    """Arithmetic and bytes of one picture. `recipe` is a file, or None for what quantises nothing; `kept` caption
-    positions are not computed per prompt.
+    """Arithmetic and bytes of one picture. `recipe` is a file, or None for what quantises nothing; the first `kept`
+    caption positions are not computed per prompt, and of a short caption, such as a picture's, only those before
+    `short`, if it is not 0.
     """
     loaded = load_recipe(recipe) if recipe else None
     base = loaded.base_dtype if loaded else DTYPE_OF_PRECISION[case.precision]
@@ -199,11 +207,16 @@ def picture_work(
     latent = (case.height // PIXELS_PER_LATENT, case.width // PIXELS_PER_LATENT)
     batch = 1 if checkpoint.guidance == "embedded" else 2
     transformer = TransformerConfig.from_upstream(checkpoint.transformer_config)
+
+    def text_encoder(tokens: int) -> Stage:
+        return text_encoder_stage(checkpoint.text_encoder_config, tokens, rules["text_encoder"], base, kept=kept)
+
     return PictureWork(
-        text_encoder_stage(checkpoint.text_encoder_config, caption_tokens, rules["text_encoder"], base, kept=kept),
+        text_encoder(caption_tokens),
         caption_stage(transformer, batch, rules["transformer"], base),
         step_stage(transformer, latent, batch, rules["transformer"], base),
         decoder_stage(AutoencoderConfig.from_upstream(checkpoint.vae_config), latent, rules["vae_decoder"], base),
+        text_encoder(short) if short else None,
     )
 
 

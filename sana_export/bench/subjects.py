@@ -7,6 +7,8 @@ import msgspec
 PROMPT = "a red fox in fresh snow at sunrise, detailed fur, soft light"
 ONE_AT_A_TIME = "total_one_at_a_time"
 STAGES = ("step", "vae_decoder", "text_encoder", "total", "cold_start")
+# Of engines that compute fewer positions for a short caption, as that of `PROMPT` is.
+SHORT_CAPTION = "text_encoder_short"
 SubjectKind = Literal["ceilings", "parity", "engines", "peer"]
 
 

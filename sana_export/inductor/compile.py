@@ -90,6 +90,7 @@ def finish_component(begun: Begun, folder: Path, on_piece: OnPiece = lambda done
         prepared.step,
         TABLES_NAME if prepared.tables else "",
         prepared.lookups,
+        prepared.short_step,
     )
     content = msgspec.json.format(msgspec.json.encode(dataclasses.asdict(program)), indent=1)
     with whole_file(folder / PROGRAM_NAME) as temporary:
@@ -204,13 +205,13 @@ def _run_once(
             table = prepared.tables[lookup.table]
             shape = (1, lookup.end - lookup.first, *table.shape[1:])
             values[lookup.output] = torch.zeros(shape, dtype=table.dtype, device=device)
-    made = {name: name for call in (*prepared.prepare, *prepared.step) for name in call.outputs}
+    made = {name: name for call in prepared.calls for name in call.outputs}
     skipped: dict[str, str] = {}
     seen: set[str] = set()
-    for call in (*prepared.prepare, *prepared.step):
+    for call in prepared.calls:
         if call.piece in seen:
             # The same piece again: its outputs look like those of its first call.
-            first = next(other for other in (*prepared.prepare, *prepared.step) if other.piece == call.piece)
+            first = next(other for other in prepared.calls if other.piece == call.piece)
             skipped.update({name: skipped.get(old, old) for name, old in zip(call.outputs, first.outputs, strict=True)})
             continue
         seen.add(call.piece)

@@ -21,7 +21,7 @@ from sana_export.weights.checkpoint import Checkpoint
 from sana_export.weights.lazy import LazyTensor
 from sana_kernels.modulated_norm.api import Impl
 from sana_runtime.errors import BuildError, TargetError
-from sana_runtime.inductor_program import Call, Lookup, value_name
+from sana_runtime.inductor_program import Call, Lookup, ShortStep, value_name
 
 Weights = Mapping[str, LazyTensor]
 Rules = Mapping[str, LayerRule]
@@ -31,7 +31,7 @@ _STORED = {"float8e4m3fn": torch.float8_e4m3fn, "int8": torch.int8}
 @dataclass(frozen=True)
 class Prepared:
     """A component to compile. `weights` by the names that the calls use, `tables` by those of the lookups; `notes` for
-    people.
+    people. A text encoder may have a `short_step`.
     """
 
     pieces: Mapping[str, Piece]
@@ -41,6 +41,12 @@ class Prepared:
     notes: tuple[str, ...] = ()
     tables: Mapping[str, LazyTensor] = field(default_factory=dict)
     lookups: tuple[Lookup, ...] = ()
+    short_step: ShortStep | None = None
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """All of them."""
+        return (*self.prepare, *self.step, *(self.short_step.calls if self.short_step else ()))
 
 
 @dataclass
@@ -336,9 +342,12 @@ def _prepare_text_encoder(
             stored[f"layers.{i}.{norm}.weight"] = cast(weights[f"layers.{i}.{norm}.weight"], dtype)
         forms.append(form)
     pieces, layers = gemma.text_encoder_pieces(layout, tuple(forms))
-    prefix, caption = gemma.text_encoder_calls(pieces, layers)
+    prefix, caption, short = gemma.text_encoder_calls(pieces, layers)
     lookups = gemma.text_encoder_lookups(layout)
-    return _checked(Prepared(pieces, prefix, caption, stored, tuple(quantized.notes), tables, lookups), weights)
+    prepared = Prepared(pieces, prefix, caption, stored, tuple(quantized.notes), tables, lookups)
+    if short:
+        prepared = replace(prepared, short_step=ShortStep(layout.short_end, short))
+    return _checked(prepared, weights)
 
 
 def _packed(names: list[str], weights: Weights, quantized: _Quantized) -> tuple[LinearForm, dict[str, LazyTensor]]:
@@ -401,8 +410,8 @@ def _base_dtype(plan: ComponentPlan) -> torch.dtype:
 
 def _checked(prepared: Prepared, weights: Weights) -> Prepared:
     """Every tensor that a call reads exists: a mismatch is our mistake, found before anything is compiled."""
-    made = {name for call in (*prepared.prepare, *prepared.step) for name in call.outputs}
-    read = {value_name(name) for call in (*prepared.prepare, *prepared.step) for name in call.inputs}
+    made = {name for call in prepared.calls for name in call.outputs}
+    read = {value_name(name) for call in prepared.calls for name in call.inputs}
     unused = set(prepared.weights) - read | set(prepared.tables) - {lookup.table for lookup in prepared.lookups}
     if unused:
         raise BuildError("weights that nothing reads", received=", ".join(sorted(unused)), expected="none")

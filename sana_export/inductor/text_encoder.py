@@ -7,6 +7,9 @@ Attention is causal, and before most prompts stands the same long instruction. S
 *prefix*, have pieces of their own, whose keys, values and result the runtime keeps until those tokens change; what is
 computed per prompt are the positions of the caption, which attend to both.
 
+Most captions are far shorter than the model's 300 positions, and nothing reads what stands behind their last token. So
+there are pieces for *short* captions, too, which compute fewer positions.
+
 The embedding table, a fifth of the weights of Gemma-2-2B, stays with the host: a prompt needs one row per token.
 """
 
@@ -15,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch.nn import functional as F
 
 from sana_export.inductor.linear import LinearForm, Tensors, gated_linear, linear
 from sana_export.inductor.piece import Piece
@@ -35,6 +39,9 @@ LAYER_LINEARS: dict[str, tuple[str, ...]] = {
 _PER_PROMPT = -(-(CAPTION_LENGTH - 1) // 8) * 8
 # A shorter prefix is not worth pieces of its own.
 _SHORTEST_PREFIX = 64
+# Positions that are computed for a short caption, of which there must be more than twice as many; two tiles of
+# `weight_only_linear`.
+_SHORT = 128
 LAYER_NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 
@@ -77,6 +84,11 @@ class TextEncoderLayout:
         """How many positions stand before those that are computed per prompt."""
         return prefix_length(self.tokens)
 
+    @property
+    def short_end(self) -> int:
+        """The position before which all valid tokens of a short caption stand; 0 where it saves little."""
+        return short_end(self.tokens)
+
     @classmethod
     def from_upstream(
         cls,
@@ -108,6 +120,12 @@ def prefix_length(tokens: int) -> int:
     """How many of a prompt's padded positions stand before those that are computed per prompt; 0 where that is few."""
     length = tokens - _PER_PROMPT
     return length if length >= _SHORTEST_PREFIX else 0
+
+
+def short_end(tokens: int) -> int:
+    """Before which of a prompt's padded positions all valid tokens of a short caption stand; 0: none is told apart."""
+    prefix = prefix_length(tokens)
+    return prefix + _SHORT if tokens - prefix > 2 * _SHORT else 0
 
 
 def embed_piece(layout: TextEncoderLayout, first: int, end: int, name: str) -> Piece:
@@ -160,14 +178,15 @@ def layer_piece(layout: TextEncoderLayout, forms: Mapping[str, LinearForm], name
     return Piece(name, tuple(inputs), layer)
 
 
-def final_piece(layout: TextEncoderLayout) -> Piece:
-    """x [1, T, C] of the prefix, if there is one, and of the rest -> caption_embeds [1, L, C]."""
+def final_piece(layout: TextEncoderLayout, name: str) -> Piece:
+    """x [1, T, C] of the prefix, if there is one, and of the rest -> caption_embeds [1, L, C], zeros behind them."""
     parts = ("prefix_x", "x") if layout.prefix else ("x",)
 
     def final(t: Tensors) -> tuple[torch.Tensor, ...]:
-        return (gemma_norm(torch.cat([t[name] for name in parts], dim=1), t["norm.weight"], layout.norm_eps),)
+        found = gemma_norm(torch.cat([t[part] for part in parts], dim=1), t["norm.weight"], layout.norm_eps)
+        return (F.pad(found, (0, 0, 0, layout.tokens - found.shape[1])),)
 
-    return Piece("final", (*parts, "norm.weight"), final)
+    return Piece(name, (*parts, "norm.weight"), final)
 
 
 def gemma_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -180,35 +199,44 @@ def text_encoder_pieces(
     layout: TextEncoderLayout, forms: tuple[Mapping[str, LinearForm], ...]
 ) -> tuple[dict[str, Piece], list[str]]:
     """All pieces by name, and the name of every layer's piece: layers of equal forms share one. The prefix's pieces
-    have names with "prefix_" before them.
+    have names with "prefix_" before them, those of short captions "short_".
     """
-    found = [embed_piece(layout, layout.prefix, layout.tokens, "embed"), final_piece(layout)]
+    found = [embed_piece(layout, layout.prefix, layout.tokens, "embed"), final_piece(layout, "final")]
     if layout.prefix:
         found.append(embed_piece(layout, 0, layout.prefix, "prefix_embed"))
+    if layout.short_end:
+        found.append(embed_piece(layout, layout.prefix, layout.short_end, "short_embed"))
+        found.append(final_piece(layout, "short_final"))
     names: dict[tuple, str] = {}
     layers = []
     for form in forms:
         key = tuple(form.items())
         if key not in names:
             name = names[key] = f"layer_{len(names) + 1}" if names else "layer"
-            found.append(layer_piece(layout, form, name, "caption" if layout.prefix else "all"))
+            for part in ("", "short_") if layout.short_end else ("",):
+                found.append(layer_piece(layout, form, f"{part}{name}", "caption" if layout.prefix else "all"))
             if layout.prefix:
                 found.append(layer_piece(layout, form, f"prefix_{name}", "prefix"))
         layers.append(names[key])
     return {piece.name: piece for piece in found}, layers
 
 
-def text_encoder_calls(pieces: Mapping[str, Piece], layers: list[str]) -> tuple[tuple[Call, ...], tuple[Call, ...]]:
-    """The calls for the prefix, none without one, and those of one caption, for weights named as the reference names
-    them.
+def text_encoder_calls(
+    pieces: Mapping[str, Piece], layers: list[str]
+) -> tuple[tuple[Call, ...], tuple[Call, ...], tuple[Call, ...]]:
+    """The calls for the prefix, none without one, those of one caption, and those of a short one, none where there are
+    no pieces for it; for weights named as the reference names them.
     """
-    prefix: list[Call] = []
-    if "prefix_embed" in pieces:
-        prefix = _calls(pieces, "prefix_", layers, ("key", "value"))
-    last = f"x.{len(layers)}"
-    inputs = {"x": last, "prefix_x": f"prefix_{last}", "norm.weight": "norm.weight"}
-    final = Call("final", tuple(inputs[name] for name in pieces["final"].inputs), ("caption_embeds",))
-    return tuple(prefix), (*_calls(pieces, "", layers, ()), final)
+
+    def caption(part: str) -> tuple[Call, ...]:
+        last = f"x.{len(layers)}"
+        inputs = {"x": f"{part}{last}", "prefix_x": f"prefix_{last}", "norm.weight": "norm.weight"}
+        final = pieces[f"{part}final"]
+        end = Call(final.name, tuple(inputs[name] for name in final.inputs), ("caption_embeds",))
+        return (*_calls(pieces, part, layers, ()), end)
+
+    prefix = _calls(pieces, "prefix_", layers, ("key", "value")) if "prefix_embed" in pieces else []
+    return tuple(prefix), caption(""), caption("short_") if "short_embed" in pieces else ()
 
 
 def text_encoder_lookups(layout: TextEncoderLayout) -> tuple[Lookup, ...]:
@@ -216,6 +244,8 @@ def text_encoder_lookups(layout: TextEncoderLayout) -> tuple[Lookup, ...]:
     ranges = {"": (layout.prefix, layout.tokens)}
     if layout.prefix:
         ranges["prefix_"] = (0, layout.prefix)
+    if layout.short_end:
+        ranges["short_"] = (layout.prefix, layout.short_end)
     tables = {"rows": "embed_tokens.weight"}
     if layout.embedding_dtype is not None:
         tables["row_scales"] = "embed_tokens.weight_scale"

@@ -93,6 +93,20 @@ def test_positions_that_are_kept_cost_nothing() -> None:
     assert text_encoder_stage(config, TOKENS, {}, kept=TOKENS // 3).flop == whole - first
 
 
+def test_a_picture_whose_engines_know_short_captions_counts_one() -> None:
+    checkpoint = open_checkpoint("random:tiny")
+    case = Case("random:tiny", "bf16", 64, 64, 20)
+    plain = picture_work(checkpoint, case, caption_tokens=TOKENS, recipe=None, kept=TOKENS // 3)
+    work = picture_work(checkpoint, case, caption_tokens=TOKENS, recipe=None, kept=TOKENS // 3, short=TOKENS // 2)
+    config = checkpoint.text_encoder_config
+    short = text_encoder_stage(config, TOKENS // 2, {}, kept=TOKENS // 3)
+    assert plain.stage("text_encoder_short") is None
+    assert work.stage("text_encoder_short") == short
+    assert work.stage("text_encoder") == plain.stage("text_encoder") != short
+    assert next(plain.calls(20)) == plain.text_encoder
+    assert next(work.calls(20)) == short
+
+
 @pytest.mark.parametrize("model", ["random:0.6b", "random:tiny"])
 def test_weight_bytes_are_those_of_the_modules_matrices(model: str) -> None:
     checkpoint = open_checkpoint(model)

@@ -42,7 +42,7 @@ from sana_kernels.linear_attention import linear_attention
 from sana_kernels.mix_ffn_depthwise import tap_major
 from sana_runtime.contract import COMPONENTS, ComponentName, PrecisionName
 from sana_runtime.errors import TargetError
-from sana_runtime.inductor_program import run_calls
+from sana_runtime.inductor_program import Call, run_calls
 
 VARIANTS = ["random:tiny", "random:tiny-qknorm", "random:tiny-sprint", "random:tiny-4k"]
 # The variants have the same text encoder and decoder.
@@ -93,7 +93,9 @@ def feeds_of(plan: ComponentPlan, seed: int = 1) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def run_prepared(prepared: Prepared, plan: ComponentPlan, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def run_prepared(
+    prepared: Prepared, plan: ComponentPlan, feeds: dict[str, torch.Tensor], step: tuple[Call, ...] | None = None
+) -> dict[str, torch.Tensor]:
     values = {name: tensor.load() for name, tensor in prepared.weights.items()}
     for name, tensor in prepared.weights.items():
         assert (tuple(values[name].shape), values[name].dtype) == (tensor.shape, tensor.dtype), name
@@ -103,7 +105,7 @@ def run_prepared(prepared: Prepared, plan: ComponentPlan, feeds: dict[str, torch
     made = frozenset(name for call in prepared.prepare for name in call.outputs)
     run_calls(prepared.prepare, prepared.pieces, values, made)
     outputs = frozenset(spec.name for spec in plan.outputs)
-    run_calls(prepared.step, prepared.pieces, values, outputs)
+    run_calls(prepared.step if step is None else step, prepared.pieces, values, outputs)
     return {name: values[name] for name in outputs}
 
 
@@ -180,6 +182,42 @@ def test_a_prefix_of_its_own_changes_nothing(precision: PrecisionName) -> None:
     found = run_prepared(prepared, plan, feeds)
     wanted = reference_outputs(loaded_module(exact, checkpoint("random:tiny")), exact, feeds)
     compare(plan, found, wanted, plan.dtype)
+
+
+@pytest.mark.parametrize("per_prompt", [TOKENS, TOKENS - 20], ids=["all", "behind a prefix"])
+def test_a_short_caption_is_computed_by_fewer_positions(per_prompt: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its valid rows are the reference's, and zeros stand behind those that are computed."""
+    monkeypatch.setattr(text_encoder, "_PER_PROMPT", per_prompt)
+    monkeypatch.setattr(text_encoder, "_SHORTEST_PREFIX", 16)
+    monkeypatch.setattr(text_encoder, "_SHORT", 9)
+    plan = plan_of("random:tiny", "fp32", "text_encoder")
+    prepared = prepared_for("random:tiny", plan, {}, {})
+    assert {"short_embed", "short_layer", "short_final"} <= {*prepared.pieces}
+    short, prefix = prepared.short_step, TOKENS - per_prompt
+    assert short is not None
+    assert short.end == prefix + 9
+    (rows,) = [lookup for lookup in prepared.lookups if lookup.output == "short_rows"]
+    assert (rows.first, rows.end) == (prefix, short.end)
+    feeds = feeds_of(plan)
+    feeds["caption_mask"][:, short.end :] = 0
+    found = run_prepared(prepared, plan, feeds, short.calls)["caption_embeds"]
+    wanted = reference_outputs(loaded_module(plan, checkpoint("random:tiny")), plan, feeds)["caption_embeds"]
+    valid = feeds["caption_mask"][0].bool()
+    assert valid[prefix : short.end].any()
+    row = measure("text_encoder", "caption_embeds", _numpy(found[:, valid]), _numpy(wanted[:, valid]))
+    check(row, "float32", BLOCKS["text_encoder"])
+    assert found.shape == wanted.shape
+    assert not found[:, short.end :].any()
+    # The whole caption's step is another one and still there.
+    whole = run_prepared(prepared, plan, feeds)["caption_embeds"]
+    assert whole[:, short.end :].any()
+
+
+def test_captions_are_told_apart_where_it_saves_half() -> None:
+    assert text_encoder.short_end(300) == 128
+    assert text_encoder.prefix_length(512) == 208
+    assert text_encoder.short_end(512) == 336
+    assert text_encoder.short_end(256) == 0
 
 
 def observed_scales(

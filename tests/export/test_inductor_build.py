@@ -16,6 +16,7 @@ import sana_runtime.inductor_engine as inductor
 from sana_export.build import build
 from sana_export.build_request import BuildRequest, CalibrationSettings
 from sana_export.inductor.piece import Piece
+from sana_export.inductor.text_encoder import short_end
 from sana_export.inductor.workers import Workers
 from sana_export.parity.metrics import measure
 from sana_export.parity.tolerance import relative_rms_bound
@@ -29,8 +30,13 @@ PIXEL_TOLERANCE = 2
 # Of the transformer's 30000 codes on these feeds, three may be another one.
 MOVED_CODES = 1e-4
 PROMPT = "A red circle, left of a Blue square"
+# More tokens than a short caption has.
+LONG_PROMPT = ", ".join(f"star {number}" for number in range(60))
 PIECES = {
-    "text_encoder": {"prefix_embed", "prefix_layer", "embed", "layer", "final"},
+    "text_encoder": {
+        *("prefix_embed", "prefix_layer", "embed", "layer", "final"),
+        *("short_embed", "short_layer", "short_final"),
+    },
     "transformer": {"caption", "embed", "block", "head"},
     "vae_decoder": {"stages_5_to_5", "stages_4_to_4", "stages_3_to_3", "stages_2_to_0"},
 }
@@ -88,11 +94,12 @@ def test_a_bundle_paints_what_the_onnx_bundle_paints(
     }
     pipeline = Pipeline.load(tmp_path / "bundle", report=lambda line: None)
     expected = Pipeline.load(tiny_bundle(name), report=lambda line: None)
-    negatives = [""] if "sprint" in name else ["", "dark"]
-    for negative in negatives:
+    assert pipeline.tokenize(LONG_PROMPT).caption_mask[0, short_end(pipeline.manifest.tokenizer.padded_length) :].any()
+    asked = [(PROMPT, ""), (LONG_PROMPT, ""), *([] if "sprint" in name else [(PROMPT, "dark")])]
+    for prompt, negative in asked:
         settings = {"negative_prompt": negative, "guidance_scale": 4.5, "num_steps": 4, "seed": 3}
-        picture = pipeline.generate(PROMPT, **settings)
-        difference = np.abs(picture.pixels.astype(int) - expected.generate(PROMPT, **settings).pixels.astype(int))
+        picture = pipeline.generate(prompt, **settings)
+        difference = np.abs(picture.pixels.astype(int) - expected.generate(prompt, **settings).pixels.astype(int))
         assert difference.max() <= PIXEL_TOLERANCE
         assert picture.pixels.std() > 10
 
@@ -269,8 +276,11 @@ def test_compiled_pieces_compute_what_eager_ones_do(
     build(request, Recorder())
     manifest = read_manifest(tmp_path / "bundle")
     pipeline = Pipeline.load(tmp_path / "bundle", report=lambda line: None)
-    for component in manifest.components:
-        feeds = _feeds(component)
+    length = manifest.tokenizer.padded_length
+    cases = [(component, 20) for component in manifest.components]
+    cases += [(component, length) for component in manifest.components if component.name == "text_encoder"]
+    for component, valid in cases:
+        feeds = _feeds(component, valid)
         found = pipeline.run_component(component.name, feeds)
         wanted, plain = _eager(tmp_path / "bundle", component, feeds)
         for name, value in wanted.items():
@@ -286,14 +296,15 @@ def test_compiled_pieces_compute_what_eager_ones_do(
     assert whole.std() > 10
 
 
-def _feeds(component: Any) -> dict[str, np.ndarray]:
+def _feeds(component: Any, valid: int) -> dict[str, np.ndarray]:
+    """Of a caption with so many valid tokens."""
     generator = np.random.default_rng(5)
     feeds = {}
     for spec in component.inputs:
         if spec.name == "caption_tokens":
             feeds[spec.name] = generator.integers(0, 700, spec.shape)
         elif spec.name == "caption_mask":
-            feeds[spec.name] = (np.arange(spec.shape[1]) < 20).astype(np.int64) * np.ones(spec.shape, np.int64)
+            feeds[spec.name] = (np.arange(spec.shape[1]) < valid).astype(np.int64) * np.ones(spec.shape, np.int64)
         else:
             scalar = {"timestep": 600.0, "sigma": 0.6, "guidance_scale": 4.5}.get(spec.name)
             values = generator.standard_normal(spec.shape, dtype=np.float32)
@@ -334,7 +345,9 @@ def _eager(bundle: Path, component: Any, feeds: dict[str, np.ndarray]) -> tuple[
         values[lookup.output] = tables[lookup.table][values[lookup.index][:, lookup.first : lookup.end]]
     run_calls(prepared.prepare, prepared.pieces, values, frozenset(n for c in prepared.prepare for n in c.outputs))
     outputs = frozenset(spec.name for spec in component.outputs)
-    run_calls(prepared.step, prepared.pieces, values, outputs)
+    short = prepared.short_step
+    is_short = short is not None and not feeds["caption_mask"][:, short.end :].any()
+    run_calls(short.calls if short and is_short else prepared.step, prepared.pieces, values, outputs)
     program = msgspec.json.decode((folder / inductor.PROGRAM_NAME).read_bytes())
     assert set(program["pieces"]) == PIECES[component.name]
     reference = loaded_module(plan, checkpoint)(*[values[spec.name] for spec in plan.inputs])

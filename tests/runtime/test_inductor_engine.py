@@ -17,7 +17,7 @@ import sana_runtime.inductor_engine as inductor
 from sana_runtime.contract import TensorSpec
 from sana_runtime.engine import LoopEngine
 from sana_runtime.errors import BundleError, InputError, TargetError
-from sana_runtime.inductor_program import Call, Lookup, Program
+from sana_runtime.inductor_program import Call, Lookup, Program, ShortStep
 from sana_runtime.manifest import ComponentEntry, EngineEntry
 from sana_runtime.pipeline import Pipeline
 from sana_runtime.targets import choose_target, examine_targets
@@ -171,7 +171,9 @@ EMBEDS = (TensorSpec("caption_embeds", F32, (1, 5, 4)),)
 TABLE = torch.arange(28, dtype=torch.float32).view(7, 4)
 
 
-def text_encoder(folder: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any, list[str]]:
+def text_encoder(
+    folder: Path, device: str, monkeypatch: pytest.MonkeyPatch, short: ShortStep | None = None
+) -> tuple[Any, Any, list[str]]:
     """A text encoder that gives the rows of its table, times a weight; the backend, the engine, and what was called."""
     called: list[str] = []
 
@@ -183,7 +185,11 @@ def text_encoder(folder: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> 
         called.append("final")
         return (torch.cat([kept, rows], dim=1) * weight,)
 
-    pieces = {"prefix": prefix, "final": final}
+    def of_short(kept: Any, rows: Any, weight: Any) -> tuple[Any]:
+        found = torch.cat([kept, rows], dim=1) * weight
+        return (torch.nn.functional.pad(found, (0, 0, 0, 5 - found.shape[1])),)
+
+    pieces = {"prefix": prefix, "final": final, "short": of_short}
     monkeypatch.setattr(inductor, "load_piece", lambda path: pieces[path.stem])
     program = Program(
         inductor.FORMAT_VERSION,
@@ -194,7 +200,12 @@ def text_encoder(folder: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> 
         (Call("prefix", ("prefix_rows",), ("kept",)),),
         (Call("final", ("kept", "rows", "weight"), ("caption_embeds",)),),
         "tables.safetensors",
-        (Lookup("table", "caption_tokens", 0, 2, "prefix_rows"), Lookup("table", "caption_tokens", 2, 5, "rows")),
+        (
+            Lookup("table", "caption_tokens", 0, 2, "prefix_rows"),
+            Lookup("table", "caption_tokens", 2, 5, "rows"),
+            Lookup("table", "caption_tokens", 2, 4, "short_rows"),
+        ),
+        short,
     )
     (folder / inductor.PROGRAM_NAME).write_bytes(msgspec.json.encode(program))
     safetensors.save_file({"weight": torch.tensor([2.0])}, str(folder / "weights.safetensors"))
@@ -223,6 +234,31 @@ def test_rows_of_a_table_are_read_on_the_host(tmp_path: Path, device: str, monke
     assert called.count("final") in (0, per_prompt)
     assert all(tensor.device.type == device for tensor in engine._work.tables.values.values())
     assert engine._work.tables._tables["table"].flags.owndata is False
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_short_captions_have_calls_of_their_own(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    short = ShortStep(4, (Call("short", ("kept", "short_rows", "weight"), ("caption_embeds",)),))
+    backend, engine, _ = text_encoder(tmp_path, device, monkeypatch, short)
+    memory = backend.memory
+    inputs = {spec.name: memory.allocate(spec) for spec in TOKENS}
+    outputs = {spec.name: memory.allocate(spec) for spec in EMBEDS}
+    tokens = [6, 0, 5, 4, 3]
+    memory.upload(np.array([tokens]), inputs["caption_tokens"])
+    for mask, computed in (
+        ([1, 1, 1, 1, 0], 4),
+        ([1, 1, 1, 1, 1], 5),
+        ([1, 0, 0, 0, 0], 4),
+        ([0, 0, 0, 0, 0], 4),
+        ([1, 1, 0, 0, 1], 5),
+    ):
+        memory.upload(np.array([mask]), inputs["caption_mask"])
+        engine.execute(inputs, outputs)
+        found = outputs["caption_embeds"].numpy()[0]
+        np.testing.assert_array_equal(found[:computed], 2 * TABLE[tokens[:computed]].numpy())
+        assert not found[computed:].any()
 
 
 @pytest.mark.parametrize("token", [-1, 7])
