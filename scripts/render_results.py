@@ -315,6 +315,18 @@ def quality(rows: Sequence[RowDict]) -> list[str]:
     return ["### Quality", "", note, "", *markdown(header, table)]
 
 
+def solvers(rows: Sequence[RowDict]) -> list[str]:
+    """How many steps each solver needs, by what the model can be asked with."""
+    runs = [*dict.fromkeys((row["solver"], row["steps"]) for row in rows)]
+    header = ["split", "prompts", "flow shift", "guidance", *(f"{solver}, {steps} steps" for solver, steps in runs)]
+    table = []
+    for key, group in grouped(rows, "split", "prompts", "flow_shift", "guidance_scale").items():
+        found = {(row["solver"], row["steps"]): f"{float(row['overall']):.1%}" for row in group}
+        table.append([*key, *(found.get(run, "") for run in runs)])
+    note = "Prompts of `nano` that are right in fp32, by solver and steps (`scripts/measure_solvers.py`)."
+    return ["### Solvers", "", note, "", *markdown(header, table)]
+
+
 # --- Kernels ---
 
 
@@ -399,6 +411,7 @@ def outliers(rows: Sequence[RowDict]) -> list[str]:
 SECTIONS: dict[str, Section] = {
     "end_to_end.csv": end_to_end,
     "nano_quality.csv": quality,
+    "nano_solvers.csv": solvers,
     "linear_attention.csv": linear_attention,
     "mix_ffn_depthwise.csv": mix_ffn_depthwise,
     "modulated_norm.csv": modulated_norm,

@@ -144,6 +144,19 @@ def test_the_plot_is_the_same_twice(render: ModuleType, tmp_path: Path) -> None:
     assert len(content) < 100_000
 
 
+def test_a_line_per_setting_of_the_solvers(render: ModuleType, tmp_path: Path) -> None:
+    runs = [("flow_dpm_solver", 20, 0.96), ("flow_euler", 28, 0.955)]
+    with (tmp_path / "nano_solvers.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["split", "flow_shift", "guidance_scale", "solver", "steps", "prompts", "overall"])
+        writer.writerows(["test", 3.0, 4.5, solver, steps, 500, share - 0.02] for solver, steps, share in runs)
+        writer.writerow(["test", 6.0, 4.5, *runs[0][:2], 500, runs[0][2]])
+    text = render.rendered(FRAME, tmp_path)
+    assert "| flow_dpm_solver, 20 steps | flow_euler, 28 steps |" in text
+    assert "| test | 500 | 3.0 | 4.5 | 94.0% | 93.5% |" in text
+    assert "| test | 500 | 6.0 | 4.5 | 96.0% |  |" in text
+
+
 def test_quality_is_rendered(render: ModuleType, tmp_path: Path) -> None:
     columns = "precision,target,steps,solver,overall,count,colour,shape,position,binding,compared,psnr_db,ssim,prompts"
     with (tmp_path / "nano_quality.csv").open("w", newline="") as file:
