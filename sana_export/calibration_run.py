@@ -181,7 +181,7 @@ class DenoisingRun:
     @contextmanager
     def module(self, name: ComponentName) -> Iterator[nn.Module]:
         """A component with its weights on the device, freed afterwards."""
-        module = loaded_module(self.plans[name], self.checkpoint).to(self.device)
+        module = loaded_module(self.plans[name], self.checkpoint, self.device)
         with torch.inference_mode():
             yield module
         del module

@@ -141,7 +141,7 @@ class _RunOn(DenoisingRun):
     @contextmanager
     def module(self, name: ComponentName) -> Iterator[nn.Module]:
         """A component with its weights on the device, freed afterwards."""
-        module = loaded_module(self.plans[name], self.checkpoint).to(self.modules_device)
+        module = loaded_module(self.plans[name], self.checkpoint, self.modules_device)
         with torch.inference_mode():
             yield _HostInputs(module, self.modules_device)
         del module
