@@ -33,9 +33,9 @@ demo: $(INSTALLED)
 	$(PYTHON) scripts/demo.py
 
 # What is missing of the benchmark's matrix, then the README's tables. In pieces: make bench MINUTES=9, again and again.
-MINUTES ?= 0
+MINUTES ?=
 bench: $(INSTALLED)
-	$(PYTHON) benchmarks/end_to_end.py --minutes $(MINUTES); code=$$?; \
+	$(PYTHON) benchmarks/end_to_end.py $(if $(MINUTES),--minutes $(MINUTES)); code=$$?; \
 	$(PYTHON) scripts/render_results.py && exit $$code
 
 install: $(INSTALLED)

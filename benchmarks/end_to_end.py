@@ -92,8 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--num-steps", type=int, help="default: the model's")
     add("--runs", type=int, default=10, help="measured pictures, and calls of each stage")
     add("--warmup", type=int, default=2, help="unmeasured ones before them")
-    add("--minutes", type=float, help="stop after so long; what runs then is ended and its finished stages are kept")
-    add("--peer-minutes", type=float, help="the same for every peer: what it has compiled by then is kept")
+    add("--minutes", type=_minutes, help="stop after so long; what runs then is ended and its finished stages are kept")
+    add("--peer-minutes", type=_minutes, help="the same for every peer: what it has compiled by then is kept")
     add(
         "--build-argument",
         action="append",
@@ -106,6 +106,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--rows", type=Path, default=ROWS, help="file of rows to add to (CSV)")
     add("--list", action="store_true", help="print what would be measured, and stop")
     return parser
+
+
+def _minutes(text: str) -> float:
+    """An argument that is a time. Raises what argparse turns into an error."""
+    minutes = float(text)
+    if not minutes > 0:
+        raise argparse.ArgumentTypeError(f"{text} given, more than 0 minutes expected")
+    return minutes
 
 
 def _has_gpu() -> bool:

@@ -379,6 +379,23 @@ def test_a_target_that_cannot_run_is_recorded_as_skipped(tmp_path: Path) -> None
     assert "onnxruntime-gpu is not installed" in row.error
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--minutes", "0", "0 given, more than 0 minutes expected"),
+        ("--peer-minutes", "-1", "-1 given, more than 0"),
+        ("--minutes", "x", "invalid"),
+    ],
+)
+def test_a_time_that_is_none_is_refused(option: str, value: str, said: str) -> None:
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "benchmarks/end_to_end.py", f"{option}={value}", "--list"]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert said in run.stderr
+    assert not run.stdout
+
+
 def test_the_script_lists_what_it_would_measure() -> None:
     command = [sys.executable, "benchmarks/end_to_end.py", "--list", "--model", "random:0.6b", "--side", "1024"]
     root = Path(__file__).resolve().parents[2]
