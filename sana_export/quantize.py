@@ -243,7 +243,14 @@ def _check_target(recipe: Recipe, target: TargetName) -> None:
             f"target 'tensorrt-rtx' has no kernels for INT8 activations, which recipe '{recipe.name}' asks for",
             received=f"--precision {recipe.name} --target tensorrt-rtx",
             expected="FP8 activations, or INT8 or INT4 weights only",
-            action="--precision fp8 (RTX 40 and later), --precision int8-weight-only, or --target onnxruntime",
+            action="--precision fp8 (RTX 40 and later), --precision int8-weight-only, or another --target",
+        )
+    if target == "onnxruntime" and recipe.base_dtype == "bfloat16":
+        raise TargetError(
+            f"target 'onnxruntime' has no QuantizeLinear of bf16, in which recipe '{recipe.name}' leaves the rest",
+            received=f"--precision {recipe.name} --target onnxruntime",
+            expected="fp32 beside what is quantised",
+            action="add --base-precision fp32, and build other targets into a bundle of their own",
         )
 
 

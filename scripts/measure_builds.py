@@ -2,8 +2,8 @@
 
     python scripts/measure_builds.py random:0.6b random:1.6b
     python scripts/measure_builds.py random:0.6b --components transformer,vae_decoder --sizes 512x512,768x1344
-    python scripts/measure_builds.py random:0.6b --precision fp8 --calibration 2,4,256
-    python scripts/measure_builds.py random:0.6b --precision int8 --targets onnxruntime --calibration 2,4,256
+    python scripts/measure_builds.py random:0.6b --precision fp8 --targets tensorrt-rtx --calibration 2,4,256
+    python scripts/measure_builds.py random:0.6b --precision int8 --base-precision fp32 --targets onnxruntime
 
 Every row is a stage of a fresh build: seconds, peak resident memory, size of its files, the memory bound it is held
 against (twice the largest component's 16-bit weights plus 4 GiB), and of the gate what it found.
@@ -51,6 +51,7 @@ COLUMNS = [
 def measure(
     model: str,
     precision: str,
+    base_precision: str | None,
     height: int,
     width: int,
     components: tuple[str, ...],
@@ -71,6 +72,7 @@ def measure(
         output,
         components=components,  # type: ignore[arg-type]
         calibration=calibration,
+        base_precision=base_precision,  # type: ignore[arg-type]
     )
     with ProgressReport(Console(highlight=False)) as reporter:
         manifest = build(request, reporter)
@@ -130,6 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+")
     parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--base-precision", help="of what a recipe does not quantise")
     parser.add_argument("--sizes", default="1024x1024", help="comma-separated HEIGHTxWIDTH in pixels")
     parser.add_argument("--components", default=",".join(COMPONENTS))
     parser.add_argument("--targets", default="tensorrt-rtx,onnxruntime")
@@ -146,7 +149,17 @@ def main() -> None:
             prompts, steps, side = (int(figure) for figure in arguments.calibration.split(","))
             settings = CalibrationSettings(num_prompts=prompts, num_steps=steps, side=side)
             with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-                rows = measure(model, arguments.precision, height, width, components, targets, settings, Path(folder))
+                rows = measure(
+                    model,
+                    arguments.precision,
+                    arguments.base_precision,
+                    height,
+                    width,
+                    components,
+                    targets,
+                    settings,
+                    Path(folder),
+                )
             RESULTS.parent.mkdir(parents=True, exist_ok=True)
             with RESULTS.open("a", newline="") as file:
                 writer = csv.DictWriter(file, COLUMNS)

@@ -163,7 +163,7 @@ def run(
     if "onnxruntime" in manifest.targets and any(entry.dtype == "bfloat16" for entry in manifest.components):
         if manifest.quantization is None:
             console.print("note: ONNX Runtime runs bf16 graphs on CUDA only; for its CPU provider build fp32.")
-        else:
+        else:  # beside fp16, which leaves the text encoder in bf16
             console.print("note: ONNX Runtime has no QuantizeLinear of bf16: it runs bundles of --base-precision fp32.")
 
 

@@ -284,8 +284,9 @@ def test_a_plan_of_the_full_tensorrt_is_rebuilt_on_another_device(
         (["random:tiny", "--height", "64"], "half of the picture's size"),
         (["random:tiny", "--precision", "fp7", "--resolution", "64"], "unknown precision"),
         (["/no/such/model.pth", "--resolution", "64"], "model.pth"),
+        (["random:tiny", "--resolution", "64", "--precision", "fp8"], "add --base-precision fp32"),
     ],
-    ids=["both", "half", "precision", "missing"],
+    ids=["both", "half", "precision", "missing", "bf16 beside codes"],
 )
 def test_the_command_ends_without_traceback(tmp_path: Path, arguments: list[str], message: str) -> None:
     command = [sys.executable, "-m", "sana_export", "build", *arguments, "--target", "onnxruntime"]
