@@ -30,17 +30,25 @@ def sha256_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> st
 def sha256_files(paths: Sequence[Path], on_bytes: Callable[[int], None] | None = None) -> list[str]:
     """`sha256_file` of each, several at once; `on_bytes` is called by one thread at a time. What it raises ends all."""
     ended, one = threading.Event(), threading.Lock()
+    raised: list[BaseException] = []
 
     def told(count: int) -> None:
         with one:
             if ended.is_set():
                 raise InterruptedError
-            if on_bytes:
-                on_bytes(count)
+            try:
+                if on_bytes:
+                    on_bytes(count)
+            except BaseException as error:
+                raised.append(error)
+                ended.set()
+                raise
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         try:
             return [*pool.map(lambda path: sha256_file(path, told), paths)]
+        except InterruptedError as error:  # of a file before the one whose thread was told
+            raise (raised or [error])[0] from None
         finally:
             ended.set()  # or an interrupt would wait for files of gigabytes
 
