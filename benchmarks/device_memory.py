@@ -23,6 +23,7 @@ from sana_runtime.inductor_engine import prefer_little_memory
 from sana_runtime.pipeline import Pipeline, draw_noise, seeded_generator
 
 _MIB = 1 << 20
+_WIDTH = 10
 
 
 class Watch:
@@ -30,7 +31,7 @@ class Watch:
 
     def __init__(self) -> None:
         self._before = used_memory_mib()
-        print(f"{'':28}{'GPU':>8}{'reserved':>10}{'allocated':>11}{'most':>8}{'graphs':>8}")
+        _line("", "GPU", "reserved", "allocated", "most", "graphs")
 
     def after(self, moment: str, work: Callable[[], Any]) -> Any:
         """Do it and look; what it gives."""
@@ -38,16 +39,20 @@ class Watch:
         torch.cuda.synchronize()
         free, total = torch.cuda.mem_get_info(0)
         segments = [segment for segment in torch.cuda.memory_snapshot() if tuple(segment["segment_pool_id"]) != (0, 0)]
-        figures = {
-            8: (total - free) / _MIB - self._before,
-            10: torch.cuda.memory_reserved() / _MIB,
-            11: torch.cuda.memory_allocated() / _MIB,
-            7: torch.cuda.max_memory_allocated() / _MIB,
-            6: sum(segment["total_size"] for segment in segments) / _MIB,
-        }
-        print(f"{moment:28}" + "".join(f"{figure:{width}.0f}" for width, figure in figures.items()), flush=True)
+        _line(
+            moment,
+            f"{(total - free) / _MIB - self._before:.0f}",
+            f"{torch.cuda.memory_reserved() / _MIB:.0f}",
+            f"{torch.cuda.memory_allocated() / _MIB:.0f}",
+            f"{torch.cuda.max_memory_allocated() / _MIB:.0f}",
+            f"{sum(segment['total_size'] for segment in segments) / _MIB:.0f}",
+        )
         torch.cuda.reset_peak_memory_stats()
         return found
+
+
+def _line(moment: str, *cells: str) -> None:
+    print(f"{moment:24}" + "".join(cell.rjust(_WIDTH) for cell in cells), flush=True)
 
 
 def main() -> int:

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import date
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, get_args
@@ -123,7 +124,7 @@ def measured(arguments: argparse.Namespace) -> None:
                 **{name: round(rates[name], 4) for name in ("overall", *ATTRIBUTES)},
                 "weights": weights,
                 "device": painter.device,
-                "versions": f"torch {torch.__version__}",
+                "versions": f"torch {torch.__version__}, onnxruntime {version('onnxruntime')}",
                 "commit": arguments.commit,
                 "date": date.today().isoformat(),
             }

@@ -122,19 +122,9 @@ def newest(rows: Sequence[RowDict]) -> list[RowDict]:
 def _picture(rows: Sequence[RowDict]) -> list[str]:
     first = rows[0]
     title = f"**{first['model']}, {first['width']} x {first['height']} px, {first['num_steps']} steps**"
-    header = [
-        "",
-        "text encoder",
-        "short caption",
-        "step",
-        "of best peer",
-        "floor",
-        "gap",
-        "decoder",
-        "of best peer",
-        "floor",
-        "gap",
-    ]
+    header = ["", "text encoder", "short caption"]
+    for stage in ("step", "decoder"):
+        header += [stage, "of best peer", "floor", "gap"]
     header += ["picture", "of best peer", "GPU MiB", "one engine at a time, MiB", "cold start s", "build s"]
     best = {stage: _best_peer(rows, stage) for stage in _STAGES}
     subjects = sorted(grouped(rows, "subject", "precision").items(), key=lambda item: not item[0][0].startswith(OURS))
