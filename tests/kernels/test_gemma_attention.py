@@ -30,10 +30,13 @@ ON_GPU = [
 ]
 
 INTERPRET = """
-import sys, torch
-from sana_kernels.gemma_attention import testing
+import dataclasses, sys, torch
+from sana_kernels.gemma_attention import testing, triton as kernels
 for case in eval(sys.argv[1], {"Case": testing.Case, "torch": torch}):
-    assert len(testing.verify(case, "cpu", "triton")) == 1
+    for parts in (1, 3, 8):
+        tile = dataclasses.replace(kernels.tiling(case.tokens, case.heads), parts=parts)
+        kernels.tiling = lambda *_: tile
+        assert len(testing.verify(case, "cpu", "triton")) == 1
     print(case)
 """
 
@@ -58,11 +61,11 @@ def test_kernel_compiles_without_a_gpu(capability: int, kind: str, soft_cap: flo
     pytest.importorskip("triton")
     from sana_kernels.gemma_attention import triton as kernels
 
-    tile = kernels.tiling()
-    tensors = ("qkv", "cosine", "sine", "key", "past_key", "past_value", "out")
-    types = {**dict.fromkeys(tensors, f"*{kind}"), "bias": "*fp32"}
+    tile = kernels.tiling(304, 8)
+    tensors = ("qkv", "cosine", "sine", "key", "past_key", "past_value")
+    types = {**dict.fromkeys(tensors, f"*{kind}"), **dict.fromkeys(("bias", "out", "sums"), "*fp32")}
     constants = {"HEADS": 8, "KEY_HEADS": 4, "HEAD_DIM": 256, "SCALE": 0.0625, "SOFT_CAP": soft_cap}
-    constants |= {"BLOCK_M": tile.positions, "BLOCK_N": tile.keys}
+    constants |= {"PARTS": tile.parts, "BLOCK_M": tile.positions, "BLOCK_N": tile.keys}
     warps, stages = tile.num_warps, tile.num_stages
     compiled = compile_ahead(kernels.gemma_attention_kernel, capability, types, constants, warps, stages)
     ptx = compiled.asm["ptx"]
@@ -70,6 +73,15 @@ def test_kernel_compiles_without_a_gpu(capability: int, kind: str, soft_cap: flo
     assert "mma" in ptx
     # What every GPU since compute capability 8.0 gives a program.
     assert compiled.metadata.shared <= 99 << 10
+
+
+def test_keys_are_cut_where_programs_are_few() -> None:
+    pytest.importorskip("triton")
+    from sana_kernels.gemma_attention.triton import tiling
+
+    parts = [tiling(tokens, 8).parts for tokens in (1, 128, 304, 4096)]
+    assert parts == sorted(parts, reverse=True)
+    assert parts[0] > parts[-1] == 1
 
 
 def test_no_position_sees_those_behind_it() -> None:

@@ -5,9 +5,13 @@ with the online softmax; both lie where they are, and each row's address says wh
 they are loaded, in two halves: the two columns that a rotation mixes lie half a head apart. Own keys, which every
 program reads, are rotated by a pass before.
 
+A few hundred positions give fewer programs than a GPU runs at once, and each waits for its next keys. So a walk is cut
+into parts, each a program that writes its sums and the score they are relative to; a pass behind puts them together.
+
 Loads have no masks: behind the last key that one is read again, with a score that weighs nothing.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +38,7 @@ def gemma_attention_kernel(
     past_key_ptr,
     past_value_ptr,
     out_ptr,
+    sums_ptr,
     tokens,
     past,
     HEADS: tl.constexpr,
@@ -41,10 +46,15 @@ def gemma_attention_kernel(
     HEAD_DIM: tl.constexpr,
     SCALE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Program (block of positions, query head); key [G, T, D] are the own ones. SOFT_CAP is 0 where there is none."""
+    """Program (block of positions, query head, part of their keys); key [G, T, D] are the own ones.
+
+    out [PARTS, T, HEADS, D]: for one part the result, else sums of values by weights e^(score - largest), with those of
+    the weights and the largest score in sums [2, PARTS, T, HEADS] fp32. SOFT_CAP is 0 where there is none.
+    """
     HALF: tl.constexpr = HEAD_DIM // 2
     WIDTH: tl.constexpr = (HEADS + 2 * KEY_HEADS) * HEAD_DIM
     # The longest walks first.
@@ -73,7 +83,10 @@ def gemma_attention_kernel(
     largest = tl.full([BLOCK_M], ABSENT, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     end = past + tl.minimum(tokens, (block + 1) * BLOCK_M)
-    for start in range(0, end, BLOCK_N):
+    steps = tl.cdiv(end, BLOCK_N)
+    part = tl.program_id(2)
+    for step in range(steps * part // PARTS, steps * (part + 1) // PARTS):
+        start = step * BLOCK_N
         at = tl.minimum(start + n, end - 1)
         kept = (at < past)[:, None]
         kept_row = at[:, None] * HEAD_DIM
@@ -95,9 +108,13 @@ def gemma_attention_kernel(
         out = product(narrow(weights, 1.0, value.dtype), value, out * shrink[:, None])
         largest = higher
 
-    out = narrow(out / total[:, None], 1.0, out_ptr.dtype.element_ty)
-    out_ptrs = out_ptr + m[:, None] * (HEADS * HEAD_DIM) + head * HEAD_DIM + d
-    tl.store(out_ptrs, out, mask=(m < tokens)[:, None])
+    at = (part * tokens + m) * HEADS + head
+    if PARTS == 1:
+        out = narrow(out / total[:, None], 1.0, out_ptr.dtype.element_ty)
+    else:
+        tl.store(sums_ptr + at, total, mask=m < tokens)
+        tl.store(sums_ptr + PARTS * tokens * HEADS + at, largest, mask=m < tokens)
+    tl.store(out_ptr + at[:, None] * HEAD_DIM + d, out, mask=(m < tokens)[:, None])
 
 
 # --- Host code ---
@@ -105,17 +122,27 @@ def gemma_attention_kernel(
 
 @dataclass(frozen=True)
 class Tiling:
-    """`positions` x `keys` scores at a time, with `num_warps` warps and `num_stages` loads in flight."""
+    """`positions` x `keys` scores at a time, with `num_warps` warps and `num_stages` loads in flight; all keys in
+    `parts`.
+    """
 
     positions: int = 32
-    keys: int = 64
+    keys: int = 32
     num_warps: int = 4
     num_stages: int = 2
+    parts: int = 1
 
 
-def tiling() -> Tiling:
-    """For a few hundred positions: the fastest of six on an H100, for 304 behind 208 kept ones."""
-    return Tiling()
+# An H100 runs three programs on each of its 132 multiprocessors.
+_PROGRAMS = 320
+_MOST_PARTS = 8
+
+
+def tiling(tokens: int, heads: int) -> Tiling:
+    """As many parts of the keys as fill a GPU."""
+    tile = Tiling()
+    programs = -(-tokens // tile.positions) * heads
+    return dataclasses.replace(tile, parts=min(_MOST_PARTS, max(1, _PROGRAMS // programs)))
 
 
 def check_support(qkv: torch.Tensor, head_dim: int) -> None:
@@ -143,18 +170,37 @@ def forward(
     soft_cap: float | None,
 ) -> torch.Tensor:
     """The Triton forward, arguments as in `reference`; out alone, a new tensor."""
+    out, sums = in_parts(qkv, cosine, sine, bias, past_key, past_value, heads, scale, soft_cap)
+    whole = out[0] if out.shape[0] == 1 else together(out, *sums).to(qkv.dtype)
+    return whole.flatten(1)
+
+
+def in_parts(
+    qkv: torch.Tensor,
+    cosine: torch.Tensor,
+    sine: torch.Tensor,
+    bias: torch.Tensor,
+    past_key: torch.Tensor,
+    past_value: torch.Tensor,
+    heads: int,
+    scale: float,
+    soft_cap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the kernel writes: out [P, T, H, D], for one part the result, and sums [2, P, T, H] fp32 for `together`."""
     key_heads, past, head_dim = past_key.shape
     check_support(qkv, head_dim)
     tokens = qkv.shape[0]
-    out = qkv.new_empty(tokens, heads * head_dim)
+    tile = tiling(tokens, heads)
+    out = qkv.new_empty(tile.parts, tokens, heads, head_dim, dtype=qkv.dtype if tile.parts == 1 else torch.float32)
+    sums = bias.new_empty(2, tile.parts, tokens, heads)
     if tokens == 0:
-        return out
-    tile = tiling()
+        return out, sums
     key = rotated(split_heads(qkv, heads, head_dim)[1], cosine, sine)
     tensors = (t.contiguous() for t in (qkv, cosine, sine, key, bias, past_key, past_value))
-    launcher(gemma_attention_kernel)[(-(-tokens // tile.positions), heads)](
+    launcher(gemma_attention_kernel)[(-(-tokens // tile.positions), heads, tile.parts)](
         *tensors,
         out,
+        sums,
         tokens,
         past,
         HEADS=heads,
@@ -162,9 +208,19 @@ def forward(
         HEAD_DIM=head_dim,
         SCALE=scale,
         SOFT_CAP=soft_cap or 0.0,
+        PARTS=tile.parts,
         BLOCK_M=tile.positions,
         BLOCK_N=tile.keys,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    return out
+    return out, sums
+
+
+def together(out: torch.Tensor, total: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """Parts' sums out [P, T, H, D], weights' sums and largest scores [P, T, H] -> their mean [T, H, D]; all fp32.
+
+    Where a part has no key that a position sees, its largest score is `ABSENT`, and its sums weigh nothing.
+    """
+    weight = (largest - largest.amax(0)).exp()
+    return (out * weight[..., None]).sum(0) / (total * weight).sum(0)[..., None]
