@@ -72,6 +72,8 @@ REFERENCE = "bf16"
 DPM, EULER = "flow_dpm_solver", "flow_euler"
 _BATCH = 50
 _DECODED_AT_ONCE = 10
+# Those that this process may run on.
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -340,7 +342,7 @@ class Measurement:
         self.texts = tuple(prompt.text for prompt in self.prompts)
         self.bundles: Path = arguments.bundles
         self.device: str = arguments.device
-        self.cores = os.cpu_count() or 1
+        self.cores = CORES
         self.commit: str = arguments.commit
         self.compared = len(self.prompts) if arguments.compared is None else min(arguments.compared, len(self.prompts))
         self.painters: dict[str, ModulePainter] = {}
@@ -477,9 +479,9 @@ def main() -> int:
     # fp32 is fp32.
     torch.backends.cudnn.allow_tf32 = False
     # The modules paint in this process, alone.
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(CORES)
     try:
-        with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        with ProcessPoolExecutor(CORES, get_context("spawn")) as pool:
             _measure(arguments, Measurement(arguments, pool))
     except SanaError as error:
         print(f"error: {error}", file=sys.stderr)

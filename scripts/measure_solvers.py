@@ -13,7 +13,6 @@ Rows that are there already are not measured again.
 
 import argparse
 import csv
-import os
 import platform
 import sys
 import time
@@ -28,6 +27,7 @@ from typing import Any, get_args
 
 import torch
 from measure_quality import (
+    CORES,
     DPM,
     EULER,
     ModulePainter,
@@ -78,7 +78,7 @@ class Painter:
     def __init__(self, bundles: Path, texts: tuple[str, ...]) -> None:
         self._texts = texts
         self.on_gpu = torch.cuda.is_available()
-        self.cores = os.cpu_count() or 1
+        self.cores = CORES
         if self.on_gpu:
             torch.backends.cudnn.allow_tf32 = False
             self._modules = ModulePainter("fp32", None, texts, "cuda")
