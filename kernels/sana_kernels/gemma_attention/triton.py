@@ -126,16 +126,16 @@ class Tiling:
     `parts`.
     """
 
-    positions: int = 32
+    positions: int = 64
     keys: int = 32
     num_warps: int = 4
     num_stages: int = 2
     parts: int = 1
 
 
-# An H100 runs three programs on each of its 132 multiprocessors.
-_PROGRAMS = 320
-_MOST_PARTS = 8
+# An H100 has 132 multiprocessors.
+_PROGRAMS = 132
+_MOST_PARTS = 6
 
 
 def tiling(tokens: int, heads: int) -> Tiling:
