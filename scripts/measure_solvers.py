@@ -1,7 +1,8 @@
 """How many steps Flow-DPM-Solver and Flow-Euler need on the trained model, by flow shift and guidance scale.
 
 Sana's paper reports that Flow-DPM-Solver's 14 to 20 steps are as good as Flow-Euler's 28 to 50. Paints the prompts of
-a split in fp32, reads every picture, and writes one row per setting to benchmarks/results/nano_solvers.csv. What the
+a split in fp32, reads every picture, and writes one row per setting to benchmarks/results/nano_solvers.csv, with the
+prompts that are right as a hexadecimal number, bit i for prompt i: two settings are compared prompt by prompt. What the
 model is shipped with is chosen on the validation split; the test split judges it. On a GPU the reference modules paint,
 in batches; elsewhere a bundle in ONNX Runtime, one process per core, which is built where it is missing.
 
@@ -116,12 +117,13 @@ def measured(arguments: argparse.Namespace) -> None:
         for setting in asked:
             painted = zip(painter.paint(setting), found, strict=True)
             futures = [pool.submit(judged, picture, prompt, None) for picture, prompt in painted]
-            scores = summarise([future.result().score for future in futures])
-            rates = {item.name: item.rate for item in scores if item.scope != "kind"}
+            scores = [future.result().score for future in futures]
+            rates = {item.name: item.rate for item in summarise(scores) if item.scope != "kind"}
             row = {
                 **asdict(setting),
                 "prompts": len(found),
                 **{name: round(rates[name], 4) for name in ("overall", *ATTRIBUTES)},
+                "right": f"{sum(item.overall << index for index, item in enumerate(scores)):x}",
                 "weights": weights,
                 "device": painter.device,
                 "versions": f"torch {torch.__version__}, onnxruntime {version('onnxruntime')}",
