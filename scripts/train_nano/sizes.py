@@ -7,11 +7,7 @@ from sana_export.weights.architecture import Config
 from sana_export.weights.checkpoint import Configs
 from sana_export.weights.random_model import catalogue
 
-# Of the noise levels in training, where most of the learning is done.
-TRAINING_SHIFT = 3.0
-# Of the solver's noise levels: what serves 14 and 20 steps of Flow-DPM-Solver best on the validation prompts
-# (scripts/measure_solvers.py).
-FLOW_SHIFT = 8.0
+FLOW_SHIFT = 3.0
 
 
 @dataclass(frozen=True)
