@@ -106,13 +106,14 @@ class Way:
 @dataclass(frozen=True)
 class Row:
     """Shares of the prompts 0..1; `low`, `high`: Wilson's 95 % interval of `overall`; mean PSNR and SSIM of the first
-    `compared` pictures.
+    `compared` pictures. `flow_shift` is what the model was shipped with.
     """
 
     precision: str
     target: str
     solver: str
     steps: int
+    flow_shift: float
     prompts: int
     overall: float
     low: float
@@ -297,8 +298,11 @@ def build_bundle(folder: Path, way: Way) -> Path:
 def _is_built(bundle: Path, recipe: str) -> bool:
     if not (bundle / MANIFEST_NAME).exists():
         return False
-    quantization = read_manifest(bundle).quantization
-    return (quantization.recipe_digest if quantization else "") == recipe
+    manifest = read_manifest(bundle)
+    # What is calibrated, is calibrated with the model's scheduler.
+    if manifest.scheduler != scheduler_of(DPM):
+        return False
+    return (manifest.quantization.recipe_digest if manifest.quantization else "") == recipe
 
 
 # --- Judging ---
@@ -371,7 +375,9 @@ class Measurement:
         where the bundles run.
         """
         if way.reference not in self.references:
-            folder = self.bundles / "references" / f"{self.model}-{way.solver}-{way.steps}-{self.compared}"
+            shift = f"{scheduler_of(way.solver).flow_shift:g}"
+            name = f"{self.model}-{way.solver}-{shift}-{way.steps}-{self.compared}"
+            folder = self.bundles / "references" / name
             if not folder.exists():
                 save_pictures(folder, islice(self.pictures(way.reference), self.compared))
             self.references[way.reference] = load_pictures(folder, self.compared)
@@ -392,6 +398,7 @@ class Measurement:
         similarities = [item.ssim for item in found if item.ssim is not None]
         return Row(
             **asdict(way),
+            flow_shift=scheduler_of(way.solver).flow_shift,
             prompts=len(found),
             overall=round(rates["overall"].rate, 4),
             low=round(rates["overall"].low, 4),
@@ -424,9 +431,15 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """In the order of `ways`, whatever was measured first."""
+    """In the order of `ways`, whatever was measured first; those of another flow shift behind them."""
     order = {tuple(map(str, asdict(way).values())): index for index, way in enumerate(ways())}
-    ordered = sorted(rows, key=lambda row: order.get(_key(row), len(order)))
+    shipped = str(scheduler_of(DPM).flow_shift)
+
+    def place(row: dict[str, Any]) -> tuple[bool, int]:
+        *way, shift = _key(row)
+        return shift != shipped, order.get(tuple(way), len(order))
+
+    ordered = sorted(rows, key=place)
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
     writer.writeheader()
@@ -436,7 +449,7 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _key(row: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(str(row[field.name]) for field in fields(Way))
+    return tuple(str(row[name]) for name in (*(field.name for field in fields(Way)), "flow_shift"))
 
 
 def _compares(row: dict[str, Any], wanted: int) -> bool:
@@ -496,14 +509,14 @@ def _measure(arguments: argparse.Namespace, measurement: Measurement) -> None:
     known = {(*_key(row), row["recipe"], row["prompts"]) for row in rows if _compares(row, measurement.compared)}
     for way in _chosen(arguments):
         late = arguments.minutes is not None and time.monotonic() - begun > 60 * arguments.minutes
-        key = tuple(map(str, asdict(way).values()))
+        key = (*map(str, asdict(way).values()), str(scheduler_of(way.solver).flow_shift))
         if late or (*key, way.recipe[:12], str(len(measurement.texts))) in known:
             continue
         row = asdict(measurement.row(way))
         rows = [other for other in rows if _key(other) != key] + [row]
         write_rows(arguments.rows, rows)
         print(
-            f"[{time.monotonic() - begun:6.0f} s] {' '.join(key)}: {row['overall']:.1%} of {row['prompts']}, "
+            f"[{time.monotonic() - begun:6.0f} s] {' '.join(key[:-1])}: {row['overall']:.1%} of {row['prompts']}, "
             f"PSNR {row['psnr_db']} dB (worst {row['worst_psnr_db']}), SSIM {row['ssim']}",
             flush=True,
         )

@@ -104,6 +104,17 @@ def wilson_interval(passed: int, total: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+def paired_difference(first: Sequence[bool], second: Sequence[bool]) -> tuple[float, float]:
+    """How much larger the first rate is than the second, of the same trials, and half the 95 % interval of that
+    (Wald's, of the trials in which the two differ).
+    """
+    total = len(first)
+    gained = sum(a and not b for a, b in zip(first, second, strict=True))
+    lost = sum(b and not a for a, b in zip(first, second, strict=True))
+    variance = gained + lost - (gained - lost) ** 2 / total
+    return (gained - lost) / total, 1.959964 * math.sqrt(variance) / total
+
+
 def _equal(expected: Iterable[str], seen: Iterable[str]) -> bool:
     return Counter(expected) == Counter(seen)
 

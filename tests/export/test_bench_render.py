@@ -105,6 +105,13 @@ def test_a_peer_of_another_run_is_marked(render: ModuleType) -> None:
     assert any("0.50 †" in line for line in render.end_to_end(as_read(rows)))
 
 
+def test_a_ratio_is_that_of_the_newest_run_with_both(render: ModuleType) -> None:
+    newer = replace(MACHINE, run="2026-11-23T10:00:00Z")
+    rows = [timed(CASE, OURS, "step", 4.0), timed(PEER, EAGER, "step", 10.0), timed(CASE, OURS, "step", 5.0, newer)]
+    lines = render.end_to_end(as_read(rows))
+    assert [split(line)[1:3] for line in lines if line.startswith(f"| {OURS}")] == [["5", "0.40"]]
+
+
 def test_the_newest_figure_is_shown(render: ModuleType) -> None:
     newer = replace(MACHINE, run="2026-11-23T10:00:00Z", commit="def")
     rows = as_read([timed(CASE, OURS, "step", 3.0, newer), timed(CASE, OURS, "step", 4.0)])
@@ -157,16 +164,37 @@ def test_a_line_per_setting_of_the_solvers(render: ModuleType, tmp_path: Path) -
     assert "| test | 500 | 6.0 | 4.5 | 96.0% |  |" in text
 
 
+def test_solvers_are_compared_prompt_by_prompt(render: ModuleType, tmp_path: Path) -> None:
+    with (tmp_path / "nano_solvers.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["split", "flow_shift", "guidance_scale", "solver", "steps", "prompts", "overall", "right"])
+        writer.writerow(["test", 8.0, 4.5, "flow_dpm_solver", 20, 8, 0.75, f"{0b00111111:x}"])
+        writer.writerow(["test", 8.0, 4.5, "flow_euler", 28, 8, 0.75, f"{0b11111100:x}"])
+        writer.writerow(["test", 8.0, 4.5, "flow_euler", 50, 8, 0.875, f"{0b01111111:x}"])
+        writer.writerow(["test", 3.0, 4.5, "flow_euler", 50, 8, 0.875, ""])
+    text = render.rendered(FRAME, tmp_path)
+    assert "| guidance | 20 - 28 | 20 - 50 |" in text
+    # Four of eight prompts differ, as many either way; then one does: 1.96 sqrt(4) / 8 and 1.96 sqrt(1 - 1 / 8) / 8.
+    assert "| test | 8 | 8.0 | 4.5 | +0.0 ± 49.0 | -12.5 ± 22.9 |" in text
+
+
 def test_quality_is_rendered(render: ModuleType, tmp_path: Path) -> None:
-    columns = "precision,target,steps,solver,overall,count,colour,shape,position,binding,compared,psnr_db,ssim,prompts"
+    scores = "overall,count,colour,shape,position,binding,compared,psnr_db,ssim,prompts"
+    columns = f"flow_shift,precision,target,steps,solver,{scores}"
     with (tmp_path / "nano_quality.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(columns.split(","))
-        writer.writerow(["bf16", "onnxruntime", 20, "flow_dpm_solver", 0.953, 1, 0.9, 0.9, 0.9, 0.9, 0, "", "", 512])
-        writer.writerow(
-            ["fp8", "inductor", 20, "flow_dpm_solver", 0.941, 1, 0.9, 0.9, 0.9, 0.9, 200, 31.25, 0.98765, 512]
-        )
+        for shift, precision, target, *figures in (
+            (8.0, "bf16", "onnxruntime", 0.953, 0, "", ""),
+            (8.0, "fp8", "inductor", 0.941, 200, 31.25, 0.98765),
+            (3.0, "int8", "inductor", 0.94, 200, 31.25, 0.98765),
+        ):
+            overall, *compared = figures
+            way = [shift, precision, target, 20, "flow_dpm_solver"]
+            writer.writerow([*way, overall, 1, 0.9, 0.9, 0.9, 0.9, *compared, 512])
     text = render.rendered(FRAME, tmp_path)
     assert "### Quality" in text
     assert "| fp8 | inductor | 20 | flow_dpm_solver | 94.1% | 100.0% |" in text
     assert "| 512 | 31.2 | 0.988 | 200 |" in text
+    assert "512 px, flow shift 8:" in text
+    assert "| int8 |" not in text, "of another flow shift than the shipped model's"

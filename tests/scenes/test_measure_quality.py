@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 
 from sana_runtime.errors import InputError
-from scripts.measure_quality import Row, Way, _measure, load_pictures, read_rows, save_pictures, write_rows
+from scripts.measure_quality import (
+    Row,
+    Way,
+    _measure,
+    load_pictures,
+    read_rows,
+    save_pictures,
+    scheduler_of,
+    write_rows,
+)
 
 PICTURES = [np.random.default_rng(i).integers(0, 256, (8, 12, 3), np.uint8) for i in range(3)]
 
@@ -45,6 +54,7 @@ def test_a_damaged_reference_is_named(tmp_path: Path, damage: Callable[[Path], o
 def made_row(way: Way, weights: str, compared: int) -> Row:
     figures: dict[str, Any] = {field.name: 0.5 for field in fields(Row)}
     figures |= {"prompts": 3, "compared": compared, "recipe": "", "weights": weights}
+    figures["flow_shift"] = scheduler_of(way.solver).flow_shift
     return Row(**(figures | asdict(way)))
 
 
@@ -65,3 +75,16 @@ def test_rows_of_other_weights_go_and_fewer_comparisons_do_not_pass_for_more(tmp
     assert asked == ([] if compared == 1 else [euler])
     found = {(row["weights"], row["compared"]) for row in read_rows(path)}
     assert found == ({("old", "3"), ("new", "2")} if compared == 1 else {("new", "3")})
+
+
+def test_rows_of_another_flow_shift_stay_behind_those_of_the_shipped_one(tmp_path: Path) -> None:
+    way = Way("fp32", "onnxruntime", "flow_euler", 28)
+    path = tmp_path / "rows.csv"
+    write_rows(path, [{**asdict(made_row(way, "same", 3)), "flow_shift": 2.5}])
+    measurement: Any = SimpleNamespace(
+        weights="same", texts=("a", "b", "c"), compared=3, row=lambda way: made_row(way, "same", 3)
+    )
+    arguments = Namespace(rows=path, minutes=None, precision=["fp32"], steps=[28], target=["onnxruntime"])
+    _measure(arguments, measurement)
+    shipped = str(scheduler_of("flow_euler").flow_shift)
+    assert [row["flow_shift"] for row in read_rows(path)] == [shipped, "2.5"]
