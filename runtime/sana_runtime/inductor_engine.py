@@ -462,6 +462,13 @@ class InductorTextEncoder(InductorEngine):
         ):
             return
         self._work.look_up(inputs, self._work.read_by_prepare)
+        length = self._make_kept()
+        self._prefix = {name: array[:, :length].copy() for name, array in content.items()}
+        # Nothing outside of graphs needs as much again.
+        self._work.memory.release_unused()
+
+    def _make_kept(self) -> int:
+        """Compute what is kept; the number of positions it is of. None of the computation's own tensors outlives it."""
         values = self._work.prepared()
         made = {name: values[name] for name in _made_for_steps(self._work.program)}
         if not self._kept:
@@ -469,11 +476,7 @@ class InductorTextEncoder(InductorEngine):
         for name, tensor in made.items():
             self._kept[name].copy_(tensor)
         # Keys and values [key_heads, prefix, D], results [1, prefix, C].
-        length = next(iter(made.values())).shape[1]
-        self._prefix = {name: array[:, :length].copy() for name, array in content.items()}
-        # Nothing outside of graphs needs as much again.
-        del values, made
-        self._work.memory.release_unused()
+        return int(next(iter(made.values())).shape[1])
 
 
 class InductorLoopEngine(InductorEngine, LoopEngine):
