@@ -38,6 +38,7 @@ from sana_runtime.contract import (
 )
 from sana_runtime.errors import InputError
 from sana_runtime.files import whole_file
+from sana_runtime.manifest import SchedulerEntry
 from sana_runtime.pipeline import draw_noise, seeded_generator
 from sana_runtime.scheduler import StepTable, step_table
 from sana_runtime.tokenizer import CaptionTokenizer, clean_prompt
@@ -85,7 +86,7 @@ def calibrate(
         height,
         width,
     )
-    folder = work_folder / _fingerprint(provenance, device, precision)
+    folder = work_folder / _fingerprint(provenance, scheduler_entry(checkpoint), device, precision)
     progress = _Progress(on_progress, run, _needed_components(rules))
     observed: dict[ComponentName, dict[str, Observation]] = {}
     for name in progress.components:
@@ -337,9 +338,9 @@ def _run_prompt(
     return result
 
 
-def _fingerprint(provenance: Provenance, device: str, precision: str) -> str:
+def _fingerprint(provenance: Provenance, scheduler: SchedulerEntry, device: str, precision: str) -> str:
     """A folder's name: progress made with other arguments or another torch is not mixed in."""
-    facts = (provenance, device, precision, str(torch.__version__))
+    facts = (provenance, scheduler, device, precision, str(torch.__version__))
     return hashlib.sha256(msgspec.json.encode(facts, order="sorted")).hexdigest()[:16]
 
 

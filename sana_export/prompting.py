@@ -37,6 +37,12 @@ def _pipeline_default(pipeline_class: str, parameter: str) -> Any:
     return inspect.signature(getattr(diffusers, pipeline_class).__call__).parameters[parameter].default
 
 
+def _sampling_default(checkpoint: Checkpoint, parameter: str) -> Any:
+    """What the model's own sampling.json says, else the pipeline's default."""
+    found = checkpoint.sampling_config.get(parameter)
+    return _pipeline_default(checkpoint.pipeline_class, parameter) if found is None else found
+
+
 def tokenizer_entry(tokenizer_json: bytes, file: str, pipeline_class: str) -> TokenizerEntry:
     """How prompts become tokens: the installed diffusers' instruction, counted with the checkpoint's tokenizer."""
     tokenizer = Tokenizer.from_str(tokenizer_json.decode())
@@ -67,8 +73,8 @@ def scheduler_entry(checkpoint: Checkpoint) -> SchedulerEntry:
         kind=kind,  # type: ignore[arg-type]
         flow_shift=float(config.get("flow_shift", config.get("shift", 1.0))),
         num_train_timesteps=int(config.get("num_train_timesteps", 1000)),
-        default_num_steps=_pipeline_default(checkpoint.pipeline_class, "num_inference_steps"),
-        default_guidance_scale=_pipeline_default(checkpoint.pipeline_class, "guidance_scale"),
+        default_num_steps=int(_sampling_default(checkpoint, "num_inference_steps")),
+        default_guidance_scale=float(_sampling_default(checkpoint, "guidance_scale")),
         sigma_data=float(config.get("sigma_data", 0.5)),
     )
 

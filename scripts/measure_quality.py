@@ -106,7 +106,7 @@ class Way:
 @dataclass(frozen=True)
 class Row:
     """Shares of the prompts 0..1; `low`, `high`: Wilson's 95 % interval of `overall`; mean PSNR and SSIM of the first
-    `compared` pictures. `flow_shift` is what the model was shipped with.
+    `compared` pictures. `flow_shift` and `guidance_scale` are what the model was shipped with.
     """
 
     precision: str
@@ -114,6 +114,7 @@ class Row:
     solver: str
     steps: int
     flow_shift: float
+    guidance_scale: float
     prompts: int
     overall: float
     low: float
@@ -375,8 +376,9 @@ class Measurement:
         where the bundles run.
         """
         if way.reference not in self.references:
-            shift = f"{scheduler_of(way.solver).flow_shift:g}"
-            name = f"{self.model}-{way.solver}-{shift}-{way.steps}-{self.compared}"
+            scheduler = scheduler_of(way.solver)
+            asked = f"{scheduler.flow_shift:g}-{scheduler.default_guidance_scale:g}"
+            name = f"{self.model}-{way.solver}-{asked}-{way.steps}-{self.compared}"
             folder = self.bundles / "references" / name
             if not folder.exists():
                 save_pictures(folder, islice(self.pictures(way.reference), self.compared))
@@ -399,6 +401,7 @@ class Measurement:
         return Row(
             **asdict(way),
             flow_shift=scheduler_of(way.solver).flow_shift,
+            guidance_scale=scheduler_of(way.solver).default_guidance_scale,
             prompts=len(found),
             overall=round(rates["overall"].rate, 4),
             low=round(rates["overall"].low, 4),
@@ -431,13 +434,13 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """In the order of `ways`, whatever was measured first; those of another flow shift behind them."""
+    """In the order of `ways`, whatever was measured first; those of other sampling settings behind them."""
     order = {tuple(map(str, asdict(way).values())): index for index, way in enumerate(ways())}
-    shipped = str(scheduler_of(DPM).flow_shift)
+    shipped = _sampling(DPM)
 
     def place(row: dict[str, Any]) -> tuple[bool, int]:
-        *way, shift = _key(row)
-        return shift != shipped, order.get(tuple(way), len(order))
+        *way, shift, scale = _key(row)
+        return (shift, scale) != shipped, order.get(tuple(way), len(order))
 
     ordered = sorted(rows, key=place)
     text = io.StringIO(newline="")
@@ -449,7 +452,14 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _key(row: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(str(row[name]) for name in (*(field.name for field in fields(Way)), "flow_shift"))
+    names = (*(field.name for field in fields(Way)), "flow_shift", "guidance_scale")
+    return tuple(str(row[name]) for name in names)
+
+
+def _sampling(solver: str) -> tuple[str, str]:
+    """What the shipped model is asked with, as rows write it: flow shift and guidance scale."""
+    scheduler = scheduler_of(solver)
+    return str(scheduler.flow_shift), str(scheduler.default_guidance_scale)
 
 
 def _compares(row: dict[str, Any], wanted: int) -> bool:
@@ -509,14 +519,14 @@ def _measure(arguments: argparse.Namespace, measurement: Measurement) -> None:
     known = {(*_key(row), row["recipe"], row["prompts"]) for row in rows if _compares(row, measurement.compared)}
     for way in _chosen(arguments):
         late = arguments.minutes is not None and time.monotonic() - begun > 60 * arguments.minutes
-        key = (*map(str, asdict(way).values()), str(scheduler_of(way.solver).flow_shift))
+        key = (*map(str, asdict(way).values()), *_sampling(way.solver))
         if late or (*key, way.recipe[:12], str(len(measurement.texts))) in known:
             continue
         row = asdict(measurement.row(way))
         rows = [other for other in rows if _key(other) != key] + [row]
         write_rows(arguments.rows, rows)
         print(
-            f"[{time.monotonic() - begun:6.0f} s] {' '.join(key[:-1])}: {row['overall']:.1%} of {row['prompts']}, "
+            f"[{time.monotonic() - begun:6.0f} s] {' '.join(key[:-2])}: {row['overall']:.1%} of {row['prompts']}, "
             f"PSNR {row['psnr_db']} dB (worst {row['worst_psnr_db']}), SSIM {row['ssim']}",
             flush=True,
         )

@@ -50,7 +50,7 @@ from sana_runtime.errors import SanaError
 from sana_runtime.files import whole_file
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "nano_solvers.csv"
-RUNS = ((DPM, 14), (DPM, 20), (EULER, 28), (EULER, 50))
+RUNS = ((DPM, 8), (DPM, 14), (DPM, 20), (EULER, 28), (EULER, 50))
 
 
 @dataclass(frozen=True)

@@ -300,8 +300,8 @@ def _bars(axes: Any, shown: Sequence[RowDict]) -> None:
 
 def quality(rows: Sequence[RowDict]) -> list[str]:
     """What each precision does to the small trained model's pictures."""
-    # The shipped model's stand first; those of another schedule are kept in the file.
-    shift = rows[0]["flow_shift"]
+    # The shipped model's stand first; those of other sampling settings are kept in the file.
+    shift, scale = (rows[0][name] for name in ("flow_shift", "guidance_scale"))
     scores = ("overall", "count", "colour", "shape", "position", "binding")
     header = ["precision", "target", "steps", "solver", *scores, "prompts", "PSNR dB", "SSIM", "pictures compared"]
     table = [
@@ -311,20 +311,20 @@ def quality(rows: Sequence[RowDict]) -> list[str]:
         + [f"{float(row['psnr_db']):.1f}" if row["psnr_db"] else "", f"{float(row['ssim']):.3f}" if row["ssim"] else ""]
         + [row["compared"] if row["psnr_db"] else ""]
         for row in rows
-        if row["flow_shift"] == shift
+        if (row["flow_shift"], row["guidance_scale"]) == (shift, scale)
     ]
     note = (
-        f"`nano` at 512 px, flow shift {float(shift):g}: shares of unseen prompts whose claims can be read off the "
-        "picture (`scripts/measure_quality.py`); mean PSNR and SSIM to the bf16 picture of the same seed, solver and "
-        "steps. Target pytorch: for a recipe the fake-quantised modules, whose rounding is that of the bundle's "
-        "graphs. 500 prompts know a share to about 3 points."
+        f"`nano` at 512 px, flow shift {float(shift):g}, guidance {float(scale):g}: shares of unseen prompts whose "
+        "claims can be read off the picture (`scripts/measure_quality.py`); mean PSNR and SSIM to the bf16 picture of "
+        "the same seed, solver and steps. Target pytorch: for a recipe the fake-quantised modules, whose rounding is "
+        "that of the bundle's graphs. 500 prompts know a share to about 3 points."
     )
     return ["### Quality", "", note, "", *markdown(header, table)]
 
 
 def solvers(rows: Sequence[RowDict]) -> list[str]:
     """How many steps each solver needs, by what the model can be asked with."""
-    runs = [*dict.fromkeys((row["solver"], row["steps"]) for row in rows)]
+    runs = sorted({(row["solver"], row["steps"]) for row in rows}, key=lambda run: (run[0], int(run[1])))
     header = ["split", "prompts", "flow shift", "guidance", *(f"{solver}, {steps} steps" for solver, steps in runs)]
     table = []
     for key, group in grouped(rows, "split", "prompts", "flow_shift", "guidance_scale").items():

@@ -3,7 +3,7 @@
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
@@ -33,6 +33,8 @@ SHIPPED_MODEL = "nano"
 SHIPPED_SIDE = 512
 # Beside model_index.json, where a model has prompts of its own to be calibrated with.
 CALIBRATION_PROMPTS = "calibration_prompts.txt"
+# The same for what the pipeline's call has defaults of, by its parameters' names: {"guidance_scale": 3.0}.
+SAMPLING = "sampling.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 OnBytes = Callable[[int], None]
@@ -40,12 +42,13 @@ OnBytes = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Configs:
-    """The four upstream configuration files, as stored."""
+    """The four upstream configuration files, as stored, and sampling.json, empty where the model has none."""
 
     transformer: Config
     vae: Config
     text_encoder: Config
     scheduler: Config
+    sampling: Config = field(default_factory=dict)
 
 
 class Checkpoint(ABC):
@@ -65,6 +68,7 @@ class Checkpoint(ABC):
         self.vae_config = completed("vae", configs.vae)
         self.text_encoder_config = completed("text_encoder", configs.text_encoder)
         self.scheduler_config = dict(configs.scheduler)
+        self.sampling_config = dict(configs.sampling)
         self._assemblies = {
             reference: key_map.assemblies(reference, layout(reference, self.config(upstream)))
             for reference, upstream in UPSTREAM_OF.items()

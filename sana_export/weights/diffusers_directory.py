@@ -1,5 +1,6 @@
 """A diffusers directory: the checkpoint format in which Sana is distributed."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,14 @@ from sana_export.weights.architecture import (
     ReferenceComponent,
     UpstreamComponent,
 )
-from sana_export.weights.checkpoint import CALIBRATION_PROMPTS, DEFAULT_VARIANT, Checkpoint, Configs, OnBytes
+from sana_export.weights.checkpoint import (
+    CALIBRATION_PROMPTS,
+    DEFAULT_VARIANT,
+    SAMPLING,
+    Checkpoint,
+    Configs,
+    OnBytes,
+)
 from sana_export.weights.lazy import LazyTensor, most_common_dtype
 from sana_export.weights.provenance import needs_attention_clip
 from sana_export.weights.safetensors_file import open_safetensors
@@ -31,6 +39,7 @@ from sana_export.weights.stored_files import (
 from sana_export.weights.validation import problems, refuse_problems
 from sana_export.weights.variants import WeightFile, choose_variants, weight_files
 from sana_runtime.errors import CheckpointError
+from sana_runtime.scheduler import MAX_STEPS
 
 # Pipelines that share Sana's text-to-image components; the guidance kind comes from the transformer's config.
 _PIPELINES = (
@@ -74,6 +83,7 @@ def open_directory(
         vae=_component_config(folder, "vae"),
         text_encoder=_component_config(folder, "text_encoder"),
         scheduler=_scheduler_config(folder),
+        sampling=_sampling_config(folder),
     )
     available = {component: _available(folder, component) for component in components}
     variants = choose_variants(available, variant, source)
@@ -222,6 +232,27 @@ def _scheduler_config(folder: Path) -> Config:
     config = read_json(path)
     if config.get("_class_name") not in _SCHEDULERS:
         raise _not_supported(str(path), f"class {config.get('_class_name')}")
+    return config
+
+
+def _sampling_config(folder: Path) -> Config:
+    """sampling.json, checked: nothing that it says may go unheard."""
+    path = folder / SAMPLING
+    if not path.is_file():
+        return {}
+    config = read_json(path)
+    for name, value in config.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name == "num_inference_steps" and number and value in range(1, MAX_STEPS + 1):
+            continue
+        if name == "guidance_scale" and number and math.isfinite(value):
+            continue
+        raise CheckpointError(
+            f"{path} has a setting that is not understood",
+            received=f"{name}: {value!r}",
+            expected=f"guidance_scale, a finite number, or num_inference_steps, a whole number from 1 to {MAX_STEPS}",
+            action="correct the file, or remove it: then diffusers' defaults are the model's",
+        )
     return config
 
 

@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
 )
 
 from sana_export.weights.architecture import UpstreamComponent
-from sana_export.weights.checkpoint import CALIBRATION_PROMPTS
+from sana_export.weights.checkpoint import CALIBRATION_PROMPTS, SAMPLING
 from sana_export.weights.diffusers_directory import shard_map
 from sana_export.weights.variants import WeightFile, choose_variants, weight_files
 from sana_runtime.errors import CheckpointError
@@ -27,6 +27,7 @@ _REFUSED = (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, HFVa
 _SMALL_FILES = [
     "model_index.json",
     CALIBRATION_PROMPTS,
+    SAMPLING,
     "*/config.json",
     "*/scheduler_config.json",
     "*/*.index*.json",

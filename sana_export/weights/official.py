@@ -41,7 +41,9 @@ class OfficialCheckpoint(Checkpoint):
         self.path = path
         self.base = base
         self._transformer = _split(source, official, config)
-        configs = Configs(config, base.vae_config, base.text_encoder_config, base.scheduler_config)
+        configs = Configs(
+            config, base.vae_config, base.text_encoder_config, base.scheduler_config, base.sampling_config
+        )
         clip = needs_attention_clip(most_common_dtype(self._transformer), (str(path.resolve()),))
         super().__init__(source, configs, variant=base.variant, attention_clip=clip)
 

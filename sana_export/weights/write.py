@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sana_export.weights.architecture import UPSTREAM_COMPONENTS, Config, UpstreamComponent
-from sana_export.weights.checkpoint import Checkpoint, OnBytes
+from sana_export.weights.checkpoint import SAMPLING, Checkpoint, OnBytes
 from sana_export.weights.lazy import LazyTensor
 from sana_export.weights.safetensors_file import NAMES
 from sana_export.weights.variants import STEM
@@ -54,6 +54,8 @@ def write_diffusers_directory(
         _write_weights(path / component, STEM[component], tensors, dtype, max_shard_bytes, on_bytes)
     _write_json(path / "scheduler" / "scheduler_config.json", checkpoint.scheduler_config)
     _write_tokenizer(path / "tokenizer", checkpoint.tokenizer_json())
+    if checkpoint.sampling_config:
+        _write_json(path / SAMPLING, checkpoint.sampling_config)
     _write_json(path / "model_index.json", _model_index(checkpoint))
 
 
