@@ -10,7 +10,7 @@ from scripts.train_nano.autoencoder import Latents
 from scripts.train_nano.data import CAPTIONS, SceneStore
 from scripts.train_nano.models import ContrastiveHeads, TrainingTransformer
 from scripts.train_nano.objects import Objects
-from scripts.train_nano.sizes import FLOW_SHIFT
+from scripts.train_nano.sizes import TRAINING_SHIFT
 from scripts.train_nano.stage import Metrics, Session
 
 # Share of the pictures that are trained with the empty prompt: of its rows only the first token is one.
@@ -137,9 +137,9 @@ def diffusion_step(
 
 
 def shifted_sigmas(count: int, device: torch.device) -> torch.Tensor:
-    """Logit-normal noise levels under the scheduler's shift."""
+    """Logit-normal noise levels, shifted."""
     sigma = torch.randn(count, device=device).sigmoid()
-    return FLOW_SHIFT * sigma / (1 + (FLOW_SHIFT - 1) * sigma)
+    return TRAINING_SHIFT * sigma / (1 + (TRAINING_SHIFT - 1) * sigma)
 
 
 def _chosen(cumulated: torch.Tensor) -> torch.Tensor:

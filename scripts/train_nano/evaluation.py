@@ -18,11 +18,12 @@ from sana_export.scenes.reading import read_picture
 from sana_export.scenes.scoring import Score, score, summarise
 from sana_runtime.files import whole_file
 from scripts.train_nano.charts import save_sheet
-from scripts.train_nano.sampling import GUIDANCE, STEPS, Painter, Solver
+from scripts.train_nano.sampling import STEPS, Painter, Solver
+from scripts.train_nano.sizes import GUIDANCE
 
 # The reader of pictures needs it; training alone does not.
 CAN_JUDGE = find_spec("skimage") is not None
-GUIDANCES = (2.5, 3.5, 4.5, 6.0)
+GUIDANCES = (2.0, 3.0, 4.5, 6.0)
 RUNS: tuple[tuple[Solver, int], ...] = (
     ("flow_dpm_solver", 8),
     ("flow_dpm_solver", 14),
@@ -77,7 +78,7 @@ def evaluate(painter: Painter, asked: tuple[Prompt, ...], pool: Executor, **opti
 def choose_guidance(painter: Painter, pool: Executor, count: int) -> tuple[float, dict[str, float]]:
     """The guidance scale that validation prompts are painted best with, and each one's share of right pictures.
 
-    diffusers' default is kept unless another is better by more than one picture in a hundred.
+    The size's own is kept unless another is better by more than one picture in a hundred.
     """
     asked = prompts("validation", count)
     found = {str(scale): evaluate(painter, asked, pool, guidance=scale).overall for scale in GUIDANCES}

@@ -28,7 +28,7 @@ from scripts.train_nano.models import (
     build_transformer,
     parameter_counts,
 )
-from scripts.train_nano.sizes import Size
+from scripts.train_nano.sizes import GUIDANCE, TRAINING_SHIFT, Size
 
 _PART_BYTES = 15 << 20
 _PART = "part"
@@ -121,7 +121,8 @@ def model_card(size: Size, checkpoint: Checkpoint, record: Mapping[str, Any]) ->
     )
     test = record.get("evaluation", {}).get("test", {})
     scores = "\n".join(f"| {name} | {100 * value:.1f} % |" for name, value in test.items()) or "| not evaluated | |"
-    guidance = record.get("evaluation", {}).get("guidance", 4.5)
+    shift = checkpoint.scheduler_config["flow_shift"]
+    guidance = record.get("evaluation", {}).get("guidance", GUIDANCE)
     return f"""---
 license: apache-2.0
 pipeline_tag: text-to-image
@@ -133,7 +134,8 @@ Sana's architecture in small: DC-AE f32c32, a Gemma-2 text encoder, a Linear DiT
 plain shapes on a background, as asked in a sentence, at {size.sides[1]} px. Every weight was trained from scratch on
 synthetic pictures by `python -m scripts.train_nano`; nothing is derived from released weights.
 
-    SanaPipeline.from_pretrained(FOLDER)("a red circle left of a blue square on a green background").images[0]
+    pipeline = SanaPipeline.from_pretrained(FOLDER)
+    pipeline("a red circle left of a blue square on a green background", guidance_scale={GUIDANCE:g}).images[0]
 
 | component | parameters |
 |---|---|
@@ -149,9 +151,9 @@ combinations in test prompts are not in the training scenes.
 
 ## Training
 
-On {record.get("device", "an unnamed device")}. Flow matching with logit-normal noise levels (shift 3); a caption is
-picked by softmax over its similarity to the picture, which a small contrastive model gives; {size.sides[0]} px, then
-{size.sides[1]} px. Averaged weights, stored as bf16.
+On {record.get("device", "an unnamed device")}. Flow matching with logit-normal noise levels
+(shift {TRAINING_SHIFT:g}); a caption is picked by softmax over its similarity to the picture, which a small
+contrastive model gives; {size.sides[0]} px, then {size.sides[1]} px. Averaged weights, stored as bf16.
 
 | stage | minutes | steps | pictures | last loss |
 |---|---|---|---|---|
@@ -162,8 +164,8 @@ arithmetic).
 
 ## Scores
 
-{record.get("evaluation", {}).get("prompts", 0)} test prompts, fp32, Flow-DPM-Solver, 20 steps, guidance {guidance}.
-A prompt is right if everything it says can be read off the picture.
+{record.get("evaluation", {}).get("prompts", 0)} test prompts, fp32, Flow-DPM-Solver, 20 steps,
+flow shift {shift:g}, guidance {guidance:g}. A prompt is right if everything it says can be read off the picture.
 
 | | right |
 |---|---|

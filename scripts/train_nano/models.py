@@ -37,7 +37,7 @@ from sana_export.weights.architecture import (
     completed,
     layout,
 )
-from sana_export.weights.checkpoint import Checkpoint, Configs, OnBytes
+from sana_export.weights.checkpoint import Checkpoint, OnBytes
 from sana_export.weights.lazy import LazyTensor
 from scripts.train_nano.depthwise import Impl, TrainingAutoencoderMixFFN, TrainingMixFFN
 from scripts.train_nano.objects import ObjectHead
@@ -331,7 +331,7 @@ class TrainedCheckpoint(Checkpoint):
 
     def __init__(self, size: Size, model: TrainedModel) -> None:
         vae = {**size.configs.vae, "scaling_factor": model.scaling_factor}
-        configs = Configs(size.configs.transformer, vae, size.configs.text_encoder, size.configs.scheduler)
+        configs = replace(size.configs, vae=vae)
         super().__init__(size.name, configs, variant=None, attention_clip=False)
         self.model = model
 

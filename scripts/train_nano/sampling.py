@@ -13,10 +13,9 @@ from sana_runtime.scheduler import step_table
 from scripts.train_nano.captions import CaptionEncoder
 from scripts.train_nano.diffusion import caption_mask
 from scripts.train_nano.models import TrainedModel, caption_embeds
-from scripts.train_nano.sizes import FLOW_SHIFT
+from scripts.train_nano.sizes import FLOW_SHIFT, GUIDANCE
 
 Solver = Literal["flow_dpm_solver", "flow_euler"]
-GUIDANCE = 4.5
 STEPS = 20
 
 

@@ -7,7 +7,11 @@ from sana_export.weights.architecture import Config
 from sana_export.weights.checkpoint import Configs
 from sana_export.weights.random_model import catalogue
 
-FLOW_SHIFT = 3.0
+# Of the noise levels in training, where most of the learning is done.
+TRAINING_SHIFT = 3.0
+# What the model is asked with: chosen on the validation prompts for few steps of Flow-DPM-Solver
+# (scripts/measure_solvers.py).
+FLOW_SHIFT, GUIDANCE = 6.0, 3.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ def _configs(transformer: Config, vae: Config, text_encoder: Config) -> Configs:
         vae={**table.vae_common, **vae},
         text_encoder={**table.text_encoder_common, **text_encoder},
         scheduler=scheduler,
+        sampling={"guidance_scale": GUIDANCE},
     )
 
 
