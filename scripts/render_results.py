@@ -336,7 +336,7 @@ def solvers(rows: Sequence[RowDict]) -> list[str]:
 
 def _solver_differences(rows: Sequence[RowDict]) -> list[str]:
     """What a run of Flow-DPM-Solver gains over one of Flow-Euler, prompt by prompt, where both say which are right."""
-    table, pairs = [], {}
+    table, pairs = [], set()
     for key, group in grouped(rows, "split", "prompts", "flow_shift", "guidance_scale").items():
         right = {(row["solver"], row["steps"]): _bits(row) for row in group if row.get("right")}
         cells = {}
@@ -345,7 +345,7 @@ def _solver_differences(rows: Sequence[RowDict]) -> list[str]:
                 gain, half = paired_difference(right[ours], right[other])
                 cells[f"{ours[1]} - {other[1]}"] = f"{100 * gain:+.1f} ± {100 * half:.1f}"
         if cells:
-            pairs.update(dict.fromkeys(cells))
+            pairs.update(cells)
             table.append((key, cells))
     if not table:
         return []
@@ -353,8 +353,9 @@ def _solver_differences(rows: Sequence[RowDict]) -> list[str]:
         "Points that so many steps of Flow-DPM-Solver score more than so many of Flow-Euler, with the 95 % interval of "
         "the same prompts painted both ways:"
     )
-    header = ["split", "prompts", "flow shift", "guidance", *pairs]
-    lines = markdown(header, [[*key, *(cells.get(pair, "") for pair in pairs)] for key, cells in table])
+    ordered = sorted(pairs, key=lambda pair: [int(steps) for steps in pair.split(" - ")])
+    header = ["split", "prompts", "flow shift", "guidance", *ordered]
+    lines = markdown(header, [[*key, *(cells.get(pair, "") for pair in ordered)] for key, cells in table])
     return ["", note, "", *lines]
 
 

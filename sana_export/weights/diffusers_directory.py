@@ -1,6 +1,5 @@
 """A diffusers directory: the checkpoint format in which Sana is distributed."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +53,7 @@ _CLASSES: dict[UpstreamComponent, tuple[str, ...]] = {
     "transformer": ("SanaTransformer2DModel",),
     "vae": ("AutoencoderDC",),
 }
+_MOST_GUIDANCE = 100
 _SCHEDULERS = ("DPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler", "SCMScheduler")
 
 
@@ -245,12 +245,13 @@ def _sampling_config(folder: Path) -> Config:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if name == "num_inference_steps" and number and value in range(1, MAX_STEPS + 1):
             continue
-        if name == "guidance_scale" and number and math.isfinite(value):
+        if name == "guidance_scale" and number and 0 <= value <= _MOST_GUIDANCE:
             continue
         raise CheckpointError(
             f"{path} has a setting that is not understood",
             received=f"{name}: {value!r}",
-            expected=f"guidance_scale, a finite number, or num_inference_steps, a whole number from 1 to {MAX_STEPS}",
+            expected=f"guidance_scale, a number from 0 to {_MOST_GUIDANCE}, or num_inference_steps, a whole number "
+            f"from 1 to {MAX_STEPS}",
             action="correct the file, or remove it: then diffusers' defaults are the model's",
         )
     return config

@@ -23,7 +23,7 @@ from sana_export.parity.judge import judge, judged_gate
 from sana_export.parity.ladder import LadderResult
 from sana_export.parity.metrics import Parity
 from sana_export.quantize import QuantizedBuild, calibration_device, gate_entry
-from sana_export.weights.checkpoint import CALIBRATION_PROMPTS, open_checkpoint
+from sana_export.weights.checkpoint import CALIBRATION_PROMPTS, SAMPLING, open_checkpoint
 from sana_runtime.errors import InputError, SanaError, TargetError
 from sana_runtime.manifest import Manifest, read_manifest, verify_files
 from sana_runtime.pipeline import Pipeline
@@ -235,6 +235,23 @@ def test_named_prompts_win_over_those_of_the_model(fp8: BuildRequest, tmp_path: 
     shipped.write_text("\n".join(load_prompts()), encoding="utf-8")
     _, recorder = rebuilt(replace(own, calibration=replace(SETTINGS, prompts=shipped)))
     assert recorder.built == {}
+
+
+def test_a_model_is_calibrated_with_its_own_guidance_and_schedule(fp8: BuildRequest, tmp_path: Path) -> None:
+    own = with_prompts(fp8, tmp_path, "\n".join(load_prompts()))
+    first = read_manifest(fp8.output)
+    Path(own.model, SAMPLING).write_text('{"guidance_scale": 2, "num_inference_steps": 12}')
+    manifest, recorder = rebuilt(own)
+    assert {"scheduler" in recorder.built[stage] for stage in ("calibration", "gate")} == {True}
+    assert (manifest.scheduler.default_guidance_scale, manifest.scheduler.default_num_steps) == (2.0, 12)
+    assert manifest.scheduler.flow_shift == first.scheduler.flow_shift
+    assert manifest.quantization is not None
+    assert first.quantization is not None
+    assert manifest.quantization.calibration_digest != first.quantization.calibration_digest
+    Path(own.model, SAMPLING).write_text('{"guidance_scale": 2}')
+    manifest, recorder = rebuilt(own)
+    assert recorder.built == {}, "default steps are not calibrated with"
+    assert manifest.scheduler.default_num_steps == 20
 
 
 def with_prompts(wanted: BuildRequest, folder: Path, prompts: str) -> BuildRequest:

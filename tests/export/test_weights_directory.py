@@ -15,9 +15,11 @@ from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, 
 from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma2Model, PreTrainedTokenizerFast
 
-from sana_export.weights.checkpoint import Checkpoint, open_checkpoint
+from sana_export.prompting import scheduler_entry
+from sana_export.weights.checkpoint import SAMPLING, Checkpoint, open_checkpoint
 from sana_export.weights.safetensors_file import open_safetensors
 from sana_export.weights.tokenizer import tokenizer_json
+from sana_export.weights.write import write_diffusers_directory
 from sana_runtime.errors import CheckpointError
 
 TRANSFORMER = "diffusion_pytorch_model.safetensors"
@@ -414,6 +416,38 @@ def test_a_damaged_config_is_refused(folder: Path, content: str) -> None:
     path = folder / "transformer" / "config.json"
     path.write_text(content)
     assert str(path) in refusal(folder)
+
+
+def test_a_models_own_sampling_defaults_are_taken(folder: Path, tmp_path: Path) -> None:
+    assert open_checkpoint(str(folder)).sampling_config == {}
+    scheduler = scheduler_entry(open_checkpoint(str(folder)))
+    assert (scheduler.default_num_steps, scheduler.default_guidance_scale) == (20, 4.5), "diffusers' defaults"
+    (folder / SAMPLING).write_text('{"guidance_scale": 3, "num_inference_steps": 14.0}')
+    checkpoint = open_checkpoint(str(folder))
+    scheduler = scheduler_entry(checkpoint)
+    assert (scheduler.default_num_steps, scheduler.default_guidance_scale) == (14, 3.0)
+    write_diffusers_directory(checkpoint, tmp_path / "again")
+    assert scheduler_entry(open_checkpoint(str(tmp_path / "again"))) == scheduler
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"guidance_scale": NaN}',
+        '{"guidance_scale": "3"}',
+        '{"guidance_scale": true}',
+        '{"guidance_scale": 1' + 400 * "0" + "}",
+        '{"num_inference_steps": 0}',
+        '{"num_inference_steps": 2.5}',
+        '{"guidence_scale": 3}',
+        "[3]",
+        "{",
+    ],
+    ids=lambda content: content[:24],
+)
+def test_wrong_sampling_defaults_are_refused(folder: Path, content: str) -> None:
+    (folder / SAMPLING).write_text(content)
+    assert SAMPLING in refusal(folder)
 
 
 def test_an_oversized_config_is_refused(folder: Path) -> None:

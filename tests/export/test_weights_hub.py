@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from sana_export.weights import hub
-from sana_export.weights.checkpoint import CALIBRATION_PROMPTS, open_checkpoint
+from sana_export.weights.checkpoint import CALIBRATION_PROMPTS, SAMPLING, open_checkpoint
 from sana_export.weights.write import write_diffusers_directory
 from sana_runtime.errors import CheckpointError
 
@@ -29,6 +29,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_diffusers_directory(open_checkpoint("random:tiny"), half)
     shutil.copy(half / "transformer" / WEIGHTS, path / "transformer" / "diffusion_pytorch_model.fp16.safetensors")
     (path / CALIBRATION_PROMPTS).write_text("a red circle\n")
+    (path / SAMPLING).write_text('{"guidance_scale": 2.5}')
     (path / "README.md").write_text("unneeded")
     (path / "asset.png").write_bytes(b"unneeded")
     return path
@@ -141,6 +142,7 @@ def test_only_the_chosen_files_are_downloaded(fake_hub: FakeHub, variant: str) -
     prompts = checkpoint.calibration_prompts()
     assert prompts is not None
     assert prompts.read_text() == "a red circle\n"
+    assert checkpoint.sampling_config == {"guidance_scale": 2.5}
     assert not fake_hub.served & {"README.md", "asset.png"}
     assert fake_hub.revisions == [None, COMMIT]
 

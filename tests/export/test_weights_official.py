@@ -10,7 +10,7 @@ import torch
 from diffusers.loaders.single_file_utils import convert_sana_transformer_to_diffusers
 
 from sana_export.weights.architecture import layout
-from sana_export.weights.checkpoint import CALIBRATION_PROMPTS, Checkpoint, open_checkpoint
+from sana_export.weights.checkpoint import CALIBRATION_PROMPTS, SAMPLING, Checkpoint, open_checkpoint
 from sana_export.weights.key_map import official_parts
 from sana_export.weights.write import write_diffusers_directory
 from sana_runtime.errors import CheckpointError
@@ -117,6 +117,10 @@ def test_the_base_needs_no_transformer_weights(state: StateDict, tmp_path: Path)
     assert checkpoint.calibration_prompts() is None
     (base / CALIBRATION_PROMPTS).write_text("a red circle\n")
     assert checkpoint.calibration_prompts() == base / CALIBRATION_PROMPTS
+    assert checkpoint.sampling_config == {}
+    (base / SAMPLING).write_text('{"guidance_scale": 2.5}')
+    again = open_checkpoint(str(tmp_path / "a.pth"), base=str(base))
+    assert again.sampling_config == {"guidance_scale": 2.5}
 
 
 def test_the_base_must_have_the_same_guidance(state: StateDict, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from diffusers import SanaPipeline
 
 from sana_export.build import build
 from sana_export.build_request import BuildRequest
+from sana_export.prompting import scheduler_entry
 from sana_export.weights.checkpoint import CALIBRATION_PROMPTS, open_checkpoint
 from sana_runtime import Pipeline
 from sana_runtime.errors import CheckpointError, InputError
@@ -34,7 +35,7 @@ from scripts.train_nano.export import (
 )
 from scripts.train_nano.run import STAGES, Plan, Run
 from scripts.train_nano.sampling import Painter
-from scripts.train_nano.sizes import TINY
+from scripts.train_nano.sizes import GUIDANCE, TINY
 from scripts.train_nano.stage import Schedule, Session, Stage
 
 CPU = torch.device("cpu")
@@ -104,6 +105,9 @@ def test_run_writes_a_loadable_directory_with_its_card(finished: Run, tmp_path: 
     assert checkpoint.architecture == "custom 2x64"
     assert checkpoint.transformer_config["interpolation_scale"] == 1.0
     assert (folder / CALIBRATION_PROMPTS).read_text(encoding="utf-8") == calibration_prompts()
+    assert (
+        scheduler_entry(checkpoint).default_guidance_scale == checkpoint.sampling_config["guidance_scale"] == GUIDANCE
+    )
     card = (folder / "README.md").read_text()
     assert "nan dB" not in card
     assert "| nan" not in card
