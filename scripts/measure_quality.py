@@ -30,7 +30,6 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
 from importlib.metadata import version
-from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -203,10 +202,12 @@ class ModulePainter:
         ]
 
     @torch.inference_mode()
-    def paint(self, scheduler: SchedulerEntry, steps: int, guidance_scale: float) -> Iterator[Pixels]:
-        """The picture of every prompt; prompt i starts from the runtime's noise of seed i."""
+    def paint(
+        self, scheduler: SchedulerEntry, steps: int, guidance_scale: float, count: int | None = None
+    ) -> Iterator[Pixels]:
+        """The picture of every prompt, or of the first `count`; prompt i starts from the runtime's noise of seed i."""
         table = step_table(scheduler, steps)
-        count = len(self._run.prompts)
+        count = len(self._run.prompts) if count is None else count
         for start in range(0, count, _BATCH):
             indices = range(start, min(start + _BATCH, count))
             noise = np.concatenate([draw_noise(seeded_generator(i), self._run.latent_shape) for i in indices])
@@ -358,18 +359,18 @@ class Measurement:
         # Files outlive a command: kept pictures are those of all components.
         self.model = "-".join(checkpoint.digest(name)[:8] for name in COMPONENTS)
 
-    def pictures(self, way: Way) -> Iterator[Pixels]:
-        """Paint."""
+    def pictures(self, way: Way, count: int) -> Iterator[Pixels]:
+        """Paint the first `count` prompts."""
         bundle = build_bundle(self.bundles, way) if way.needs_bundle else None
         scheduler = scheduler_of(way.solver)
         scale = scheduler.default_guidance_scale
         if way.target == "onnxruntime":
             assert bundle is not None
-            yield from paint_with_bundle(bundle, self.texts, scheduler, way.steps, scale, self.cores)
+            yield from paint_with_bundle(bundle, self.texts[:count], scheduler, way.steps, scale, self.cores)
             return
         if way.precision not in self.painters:
             self.painters[way.precision] = ModulePainter(way.precision, bundle, self.texts, self.device)
-        yield from self.painters[way.precision].paint(scheduler, way.steps, scale)
+        yield from self.painters[way.precision].paint(scheduler, way.steps, scale, count)
 
     def reference(self, way: Way) -> list[Pixels]:
         """The bf16 pictures, kept as files beside the bundles: whoever painted them on a GPU need not paint them again
@@ -381,7 +382,7 @@ class Measurement:
             name = f"{self.model}-{way.solver}-{asked}-{way.steps}-{self.compared}"
             folder = self.bundles / "references" / name
             if not folder.exists():
-                save_pictures(folder, islice(self.pictures(way.reference), self.compared))
+                save_pictures(folder, self.pictures(way.reference, self.compared))
             self.references[way.reference] = load_pictures(folder, self.compared)
         return self.references[way.reference]
 
@@ -390,7 +391,7 @@ class Measurement:
         compared = self.compared if way != way.reference else 0
         references = [*(self.reference(way) if compared else ()), *[None] * (len(self.prompts) - compared)]
         painted = way == way.reference and self.compared == len(self.prompts)
-        pictures = self.reference(way) if painted else self.pictures(way)
+        pictures = self.reference(way) if painted else self.pictures(way, len(self.prompts))
         futures: list[Future[Judged]] = [
             self.pool.submit(judged, *item) for item in zip(pictures, self.prompts, references, strict=True)
         ]
