@@ -180,21 +180,23 @@ def test_solvers_are_compared_prompt_by_prompt(render: ModuleType, tmp_path: Pat
 
 def test_quality_is_rendered(render: ModuleType, tmp_path: Path) -> None:
     scores = "overall,count,colour,shape,position,binding,compared,psnr_db,ssim,prompts"
-    columns = f"flow_shift,precision,target,steps,solver,{scores}"
+    columns = f"flow_shift,guidance_scale,precision,target,steps,solver,{scores}"
     with (tmp_path / "nano_quality.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(columns.split(","))
-        for shift, precision, target, *figures in (
-            (8.0, "bf16", "onnxruntime", 0.953, 0, "", ""),
-            (8.0, "fp8", "inductor", 0.941, 200, 31.25, 0.98765),
-            (3.0, "int8", "inductor", 0.94, 200, 31.25, 0.98765),
+        for shift, scale, precision, target, *figures in (
+            (8.0, 3.0, "bf16", "onnxruntime", 0.953, 0, "", ""),
+            (8.0, 3.0, "fp8", "inductor", 0.941, 200, 31.25, 0.98765),
+            (3.0, 3.0, "int8", "inductor", 0.94, 200, 31.25, 0.98765),
+            (8.0, 4.5, "fp16", "inductor", 0.94, 200, 31.25, 0.98765),
         ):
             overall, *compared = figures
-            way = [shift, precision, target, 20, "flow_dpm_solver"]
+            way = [shift, scale, precision, target, 20, "flow_dpm_solver"]
             writer.writerow([*way, overall, 1, 0.9, 0.9, 0.9, 0.9, *compared, 512])
     text = render.rendered(FRAME, tmp_path)
     assert "### Quality" in text
     assert "| fp8 | inductor | 20 | flow_dpm_solver | 94.1% | 100.0% |" in text
     assert "| 512 | 31.2 | 0.988 | 200 |" in text
-    assert "512 px, flow shift 8:" in text
+    assert "512 px, flow shift 8, guidance 3:" in text
     assert "| int8 |" not in text, "of another flow shift than the shipped model's"
+    assert "| fp16 |" not in text, "of another guidance"

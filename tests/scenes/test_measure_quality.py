@@ -54,7 +54,8 @@ def test_a_damaged_reference_is_named(tmp_path: Path, damage: Callable[[Path], o
 def made_row(way: Way, weights: str, compared: int) -> Row:
     figures: dict[str, Any] = {field.name: 0.5 for field in fields(Row)}
     figures |= {"prompts": 3, "compared": compared, "recipe": "", "weights": weights}
-    figures["flow_shift"] = scheduler_of(way.solver).flow_shift
+    scheduler = scheduler_of(way.solver)
+    figures |= {"flow_shift": scheduler.flow_shift, "guidance_scale": scheduler.default_guidance_scale}
     return Row(**(figures | asdict(way)))
 
 
@@ -77,14 +78,15 @@ def test_rows_of_other_weights_go_and_fewer_comparisons_do_not_pass_for_more(tmp
     assert found == ({("old", "3"), ("new", "2")} if compared == 1 else {("new", "3")})
 
 
-def test_rows_of_another_flow_shift_stay_behind_those_of_the_shipped_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("setting", ["flow_shift", "guidance_scale"])
+def test_rows_of_other_sampling_settings_stay_behind_those_of_the_shipped_ones(tmp_path: Path, setting: str) -> None:
     way = Way("fp32", "onnxruntime", "flow_euler", 28)
     path = tmp_path / "rows.csv"
-    write_rows(path, [{**asdict(made_row(way, "same", 3)), "flow_shift": 2.5}])
+    write_rows(path, [{**asdict(made_row(way, "same", 3)), setting: 2.5}])
     measurement: Any = SimpleNamespace(
         weights="same", texts=("a", "b", "c"), compared=3, row=lambda way: made_row(way, "same", 3)
     )
     arguments = Namespace(rows=path, minutes=None, precision=["fp32"], steps=[28], target=["onnxruntime"])
     _measure(arguments, measurement)
-    shipped = str(scheduler_of("flow_euler").flow_shift)
-    assert [row["flow_shift"] for row in read_rows(path)] == [shipped, "2.5"]
+    shipped = asdict(made_row(way, "same", 3))[setting]
+    assert [row[setting] for row in read_rows(path)] == [str(shipped), "2.5"]

@@ -44,16 +44,16 @@ def test_every_setting_is_measured_once(script: Any, monkeypatch: pytest.MonkeyP
     rows = tmp_path / "rows.csv"
     common = ("--bundles", tmp_path, "--rows", rows, "--prompts", 2)
     assert call(script, monkeypatch, *common, "--flow-shift", 3) == 0
-    runs = [("flow_dpm_solver", 14), ("flow_dpm_solver", 20), ("flow_euler", 28), ("flow_euler", 50)]
+    runs = [*(("flow_dpm_solver", steps) for steps in (8, 14, 20)), ("flow_euler", 28), ("flow_euler", 50)]
     assert script.painted == [("validation", 3.0, *run) for run in runs]
     assert call(script, monkeypatch, *common, "--flow-shift", 3, 6) == 0
-    assert script.painted[4:] == [("validation", 6.0, *run) for run in runs]
+    assert script.painted[5:] == [("validation", 6.0, *run) for run in runs]
     found = script.read_rows(rows)
-    assert len(found) == 8
+    assert len(found) == 10
     assert {(row["prompts"], row["overall"], row["device"]) for row in found} == {("2", "0.0", "no device")}
     # More prompts are another measurement of the same setting.
     assert call(script, monkeypatch, *common[:-1], 3, "--flow-shift", 3) == 0
-    assert sorted(row["prompts"] for row in script.read_rows(rows)) == ["2"] * 4 + ["3"] * 4
+    assert sorted(row["prompts"] for row in script.read_rows(rows)) == ["2"] * 5 + ["3"] * 5
 
 
 def test_wrong_arguments_are_refused(
