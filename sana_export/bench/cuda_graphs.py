@@ -26,11 +26,15 @@ class GraphedCall:
             return self.function(*args, **kwargs)
         key = (_signature(args), tuple((name, _signature((value,))) for name, value in sorted(kwargs.items())))
         if key not in self._captured:
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            random_state = generator.clone_state()
             try:
                 self._captured[key] = _Capture(self.function, args, kwargs)
             except Exception as error:  # the reason is reported beside the time of the plain call
                 self.problem = f"no CUDA graph: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
                 torch.cuda.synchronize()
+                # PyTorch leaves the state in use marked as captured, and refuses to draw from it from then on.
+                generator.graphsafe_set_state(random_state)
                 return self.function(*args, **kwargs)
         return (self._captured[key].replay(args, kwargs),)
 

@@ -267,6 +267,21 @@ def test_what_cannot_be_captured_is_called_as_it_is() -> None:
     torch.testing.assert_close(graphed(2 * ones)[0], 2 * ones + 6)
 
 
+@pytest.mark.gpu
+def test_random_numbers_go_on_after_a_capture_that_failed() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    torch.manual_seed(3)
+    expected = [torch.randn(5, device="cuda") for _ in range(2)]
+    torch.manual_seed(3)
+    found = [torch.randn(5, device="cuda")]
+    graphed = GraphedCall(lambda x: (x + x.sum().item(),))
+    graphed(torch.ones(3, device="cuda"))
+    assert graphed.problem
+    found.append(torch.randn(5, device="cuda"))
+    assert torch.equal(torch.stack(found), torch.stack(expected))
+
+
 # --- ONNX Runtime ---
 
 
