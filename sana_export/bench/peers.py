@@ -62,6 +62,10 @@ PEERS: dict[str, Recipe] = {
     "eager": Recipe("eager"),
     "graph": Recipe("eager, CUDA graph", graph=True),
     "compile": Recipe("torch.compile, CUDA graph", {"dynamic": False}, graph=True),
+    # The decoder's convolutions want this layout: without it the compiler converts to it and back.
+    "channels-last": Recipe(
+        "torch.compile, channels-last, CUDA graph", {"dynamic": False}, graph=True, channels_last=True
+    ),
     "recipe": _tuned("max-autotune by block, fused QKV, channels-last, CUDA graph", by_block=True),
     "recipe-whole": _tuned("max-autotune, fused QKV, channels-last, CUDA graph", by_block=False),
     "torch-tensorrt": Recipe(

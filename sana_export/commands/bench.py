@@ -20,6 +20,7 @@ class Peer(str, Enum):
     eager = "eager"
     graph = "graph"
     compile = "compile"
+    channels_last = "channels-last"
     recipe = "recipe"
     recipe_whole = "recipe-whole"
     torch_tensorrt = "torch-tensorrt"
@@ -38,9 +39,9 @@ def run(
     peer: Annotated[
         list[Peer] | None,
         typer.Option(
-            help="diffusers eager; eager replayed as a CUDA graph; torch.compile; its best documented recipe "
-            "(max-autotune, by transformer block or whole: minutes of compiling); torch-tensorrt. May be repeated. "
-            "Default: eager on a CPU, all but recipe-whole on a GPU.",
+            help="diffusers eager; eager replayed as a CUDA graph; torch.compile, also with channels last; its best "
+            "documented recipe (max-autotune, by transformer block or whole: minutes of compiling); torch-tensorrt. "
+            "May be repeated. Default: eager on a CPU, all but recipe-whole on a GPU.",
         ),
     ] = None,
     checkpoint: Annotated[
