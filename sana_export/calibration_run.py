@@ -85,6 +85,7 @@ def calibrate(
         num_steps,
         height,
         width,
+        sampling_of(checkpoint),
     )
     folder = work_folder / _fingerprint(provenance, scheduler_entry(checkpoint), device, precision)
     progress = _Progress(on_progress, run, _needed_components(rules))
@@ -101,6 +102,12 @@ def calibrate(
         },
         provenance,
     )
+
+
+def sampling_of(checkpoint: Checkpoint) -> str:
+    """How a model is asked, so far as scales depend on it: "flow_dpm_solver, flow shift 3, guidance 4.5"."""
+    entry = scheduler_entry(checkpoint)
+    return f"{entry.kind}, flow shift {entry.flow_shift:g}, guidance {entry.default_guidance_scale:g}"
 
 
 def rules_of(recipe: Recipe, plan: ComponentPlan) -> dict[str, LayerRule]:

@@ -21,6 +21,7 @@ from sana_calibration.recipe import recipe_yaml
 from sana_calibration.scales import Scales
 from sana_export.build_request import BuildRequest
 from sana_export.bundle import StageRecord, Staging
+from sana_export.calibration_run import sampling_of
 from sana_export.components import ComponentPlan, empty_module
 from sana_export.graph.export import WEIGHTS_FILE, ExportReport, export_component
 from sana_export.graph.fusion import check_fusion, parse_capability
@@ -265,7 +266,12 @@ class Stages:
 
     def _cached_scales(self, path: Path) -> Scales:
         assert self.quantized is not None
-        return Scales.load(path, weights=self._weights(), recipe=self.quantized.recipe.digest)
+        return Scales.load(
+            path,
+            weights=self._weights(),
+            recipe=self.quantized.recipe.digest,
+            sampling=sampling_of(self.checkpoint),
+        )
 
     def _calibration_inputs(self) -> dict[str, str]:
         assert self.quantized is not None

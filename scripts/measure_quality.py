@@ -47,7 +47,7 @@ from torch import nn
 from sana_calibration.fake_quant import fake_quantize_in_place
 from sana_calibration.recipe import load_recipe
 from sana_calibration.scales import Scales
-from sana_export.calibration_run import NEGATIVE, DenoisingRun, rules_of
+from sana_export.calibration_run import NEGATIVE, DenoisingRun, rules_of, sampling_of
 from sana_export.components import loaded_module
 from sana_export.parity.metrics import measure, ssim
 from sana_export.prompting import scheduler_entry
@@ -246,7 +246,8 @@ def _fake_quantize_as(bundle: Path, name: ComponentName, module: nn.Module, run:
     found = {}
     if path.exists():
         weights = {component: run.checkpoint.digest(component) for component in COMPONENTS}
-        found = dict(Scales.load(path, weights=weights, recipe=recipe.digest).component(name))
+        sampling = sampling_of(run.checkpoint)
+        found = dict(Scales.load(path, weights=weights, recipe=recipe.digest, sampling=sampling).component(name))
     plan = run.plans[name]
     fake_quantize_in_place(module, plan.prefix, rules_of(recipe, plan), found)
 

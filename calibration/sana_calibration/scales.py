@@ -36,8 +36,10 @@ class LayerScales:
 _FIELDS = ("activation_amax", "smooth_factor", "step_amax", "smoothing_alpha", "alpha_errors")
 
 
-class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a calibration was made from: digests (hex SHA-256), seed, steps, and picture size in pixels."""
+class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What a calibration was made from: digests (hex SHA-256), seed, steps, picture size in pixels, and how the model
+    was asked ("flow_dpm_solver, flow shift 3, guidance 4.5"; empty: not recorded, by an earlier version).
+    """
 
     weights: dict[str, str]
     recipe: str
@@ -46,6 +48,7 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_steps: int
     height: int
     width: int
+    sampling: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,8 +96,9 @@ class Scales:
             save_file(tensors, temporary, metadata=metadata)
 
     @classmethod
-    def load(cls, path: Path, *, weights: Mapping[str, str], recipe: str) -> "Scales":
-        """Read a cache and check that it belongs to these weights (component -> digest) and this recipe's digest.
+    def load(cls, path: Path, *, weights: Mapping[str, str], recipe: str, sampling: str) -> "Scales":
+        """Read a cache and check that it belongs to these weights (component -> digest), this recipe's digest and this
+        way of asking the model, where the cache records one.
 
         Only components that the cache and `weights` share are compared; one that the cache lacks is refused. Raises
         `InputError`.
@@ -106,6 +110,13 @@ class Scales:
                 raise _of_another(path, f"the model's {component}", found.weights.get(component), digest)
         if found.recipe != recipe:
             raise _of_another(path, "the recipe", found.recipe, recipe)
+        if found.sampling not in ("", sampling):
+            raise InputError(
+                f"{path}: the calibration was made for another schedule or guidance",
+                received=found.sampling,
+                expected=sampling,
+                action="calibrate the model as it is asked now: build without --calibration",
+            )
         return scales
 
 

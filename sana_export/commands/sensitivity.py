@@ -88,12 +88,14 @@ def run(
 def _scales(bundle: Path, entry: "QuantizationEntry", checkpoint: "Checkpoint", recipe: "Recipe") -> "Scales":
     """The bundle's calibration; empty for a weight-only recipe, which has none."""
     from sana_calibration.scales import Provenance, Scales
+    from sana_export.calibration_run import sampling_of
     from sana_runtime.contract import COMPONENTS
 
     weights: dict[str, str] = {name: checkpoint.digest(name) for name in COMPONENTS}
     if entry.calibration_file is None:
         return Scales({}, Provenance(weights, recipe.digest, "", 0, 0, 0, 0))
-    return Scales.load(bundle / entry.calibration_file, weights=weights, recipe=recipe.digest)
+    sampling = sampling_of(checkpoint)
+    return Scales.load(bundle / entry.calibration_file, weights=weights, recipe=recipe.digest, sampling=sampling)
 
 
 def _table(recipe: "Recipe", report: "SensitivityReport") -> Table:

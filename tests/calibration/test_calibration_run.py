@@ -22,6 +22,7 @@ from sana_runtime.pipeline import draw_noise, seeded_generator
 
 PROMPTS = ("a red circle", "雨の夜 🐙", "ein sehr langer Satz über nichts")
 # Not square, 3 x 5 latent.
+SAMPLING = "flow_dpm_solver, flow shift 3, guidance 4.5"
 SIZE = {"height": 96, "width": 160}
 
 
@@ -101,7 +102,7 @@ def test_a_search_keeps_what_it_found_in_the_cache(scales: Scales, tmp_path: Pat
     found = run(tmp_path, recipe)
     found.save(tmp_path / "cache")
     weights = {name: checkpoint.digest(name) for name in COMPONENTS}
-    read = Scales.load(tmp_path / "cache", weights=weights, recipe=recipe.digest)
+    read = Scales.load(tmp_path / "cache", weights=weights, recipe=recipe.digest, sampling=SAMPLING)
     assert read.digest == found.digest
     searched = {name: layer for name, layer in read.component("transformer").items() if layer.alpha_errors is not None}
     assert {*searched} == {
@@ -280,10 +281,12 @@ def test_every_active_layer_has_scales_and_the_cache_is_small(scales: Scales, tm
     scales.save(path)
     assert path.stat().st_size < 32 << 10
     weights = {name: checkpoint.digest(name) for name in COMPONENTS}
-    assert Scales.load(path, weights=weights, recipe=recipe.digest).digest == scales.digest
+    assert Scales.load(path, weights=weights, recipe=recipe.digest, sampling=SAMPLING).digest == scales.digest
     other = open_checkpoint("random:tiny-qknorm")
     with pytest.raises(InputError, match="another model"):
-        Scales.load(path, weights={name: other.digest(name) for name in COMPONENTS}, recipe=recipe.digest)
+        Scales.load(
+            path, weights={name: other.digest(name) for name in COMPONENTS}, recipe=recipe.digest, sampling=SAMPLING
+        )
 
 
 class Poisoned(RandomCheckpoint):

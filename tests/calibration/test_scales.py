@@ -11,7 +11,8 @@ from sana_runtime.errors import InputError
 
 WEIGHTS = {"text_encoder": "a" * 64, "transformer": "b" * 64}
 RECIPE = "c" * 64
-PROVENANCE = Provenance(WEIGHTS, RECIPE, "d" * 64, 7, 20, 512, 1024)
+SAMPLING = "flow_dpm_solver, flow shift 3, guidance 4.5"
+PROVENANCE = Provenance(WEIGHTS, RECIPE, "d" * 64, 7, 20, 512, 1024, SAMPLING)
 
 
 def scales(amax: float = 3.25, provenance: Provenance = PROVENANCE) -> Scales:
@@ -27,7 +28,7 @@ def test_cache_survives_its_file(tmp_path: Path) -> None:
     path = tmp_path / "scales.safetensors"
     written = scales()
     written.save(path)
-    read = Scales.load(path, weights=WEIGHTS, recipe=RECIPE)
+    read = Scales.load(path, weights=WEIGHTS, recipe=RECIPE, sampling=SAMPLING)
     assert read.digest == written.digest
     assert read.provenance == PROVENANCE
     assert {name: [*found] for name, found in read.layers.items()} == {
@@ -85,8 +86,28 @@ def test_cache_of_something_else_is_refused(weights: dict[str, str], recipe: str
     path = tmp_path / "scales.safetensors"
     scales().save(path)
     with pytest.raises(InputError, match="another model or recipe") as error:
-        Scales.load(path, weights=weights, recipe=recipe)
+        Scales.load(path, weights=weights, recipe=recipe, sampling=SAMPLING)
     assert says in str(error.value)
+
+
+def test_cache_of_another_guidance_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "scales.safetensors"
+    scales().save(path)
+    other = "flow_dpm_solver, flow shift 3, guidance 5"
+    with pytest.raises(InputError, match="another schedule or guidance") as error:
+        Scales.load(path, weights=WEIGHTS, recipe=RECIPE, sampling=other)
+    assert SAMPLING in str(error.value)
+    assert other in str(error.value)
+    assert "build without --calibration" in str(error.value)
+
+
+def test_cache_that_does_not_say_how_the_model_was_asked_is_taken(tmp_path: Path) -> None:
+    """It is as old as its digest, which did not cover this."""
+    path = tmp_path / "scales.safetensors"
+    old = scales(provenance=msgspec.structs.replace(PROVENANCE, sampling=""))
+    old.save(path)
+    assert Scales.load(path, weights=WEIGHTS, recipe=RECIPE, sampling=SAMPLING).digest == old.digest
+    assert b"sampling" not in path.read_bytes()
 
 
 def damage(path: Path) -> None:
@@ -105,13 +126,13 @@ def test_damaged_cache_is_refused(spoil: object, tmp_path: Path) -> None:
     scales().save(path)
     spoil(path)  # type: ignore[operator]
     with pytest.raises(InputError, match="not a calibration cache"):
-        Scales.load(path, weights=WEIGHTS, recipe=RECIPE)
+        Scales.load(path, weights=WEIGHTS, recipe=RECIPE, sampling=SAMPLING)
 
 
 def test_narrowed_scales_belong_to_the_narrower_recipe(tmp_path: Path) -> None:
     path = tmp_path / "scales.safetensors"
     narrowed = scales().narrowed({"transformer": ["x.to_q"]}, "e" * 64)
     narrowed.save(path)
-    read = Scales.load(path, weights=WEIGHTS, recipe="e" * 64)
+    read = Scales.load(path, weights=WEIGHTS, recipe="e" * 64, sampling=SAMPLING)
     assert [*read.component("transformer")] == ["x.to_q"]
     assert read.component("transformer")["x.to_q"].activation_amax == 3.25

@@ -317,6 +317,7 @@ def _eager(bundle: Path, component: Any, feeds: dict[str, np.ndarray]) -> tuple[
     """(the stored weights through eager pieces made again from the configuration, the unquantised reference)."""
     from safetensors.torch import load_file
 
+    from sana_export.calibration_run import sampling_of
     from sana_export.components import loaded_module, plan_components
     from sana_export.inductor.stage import InductorStage
     from sana_export.quantize import prepare as prepare_recipe
@@ -333,7 +334,8 @@ def _eager(bundle: Path, component: Any, feeds: dict[str, np.ndarray]) -> tuple[
     from sana_calibration.scales import Scales
 
     quantized = prepare_recipe(recipe, request, plans, ("a cat",))
-    scales = Scales.load(bundle / "quantization" / "calibration.safetensors", weights={}, recipe=recipe.digest)
+    path = bundle / "quantization" / "calibration.safetensors"
+    scales = Scales.load(path, weights={}, recipe=recipe.digest, sampling=sampling_of(checkpoint))
     stage = InductorStage(checkpoint, request, quantized, scales)
     plan = next(plan for plan in plans if plan.name == component.name)
     prepared = stage.prepare(plan)

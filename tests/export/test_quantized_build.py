@@ -198,6 +198,18 @@ def test_a_calibration_of_another_model_is_refused(
     assert not other.output.exists()
 
 
+def test_a_calibration_of_another_guidance_is_refused(fp8: BuildRequest, tmp_path: Path) -> None:
+    """The scales are those of pictures that this model is not asked for."""
+    model = tmp_path / "model"
+    shutil.copytree(fp8.model, model)
+    (model / "sampling.json").write_text('{"guidance_scale": 3}')
+    cache = fp8.output / "quantization" / "calibration.safetensors"
+    wanted = replace(fp8, model=str(model), output=tmp_path / "other", calibration=replace(SETTINGS, cache=cache))
+    with pytest.raises(InputError, match=r"(?s)another schedule or guidance.*guidance 4\.5.*guidance 3"):
+        build(wanted, Recorder())
+    assert not wanted.output.exists()
+
+
 def test_a_calibration_of_the_same_model_is_taken(fp8: BuildRequest, tmp_path: Path) -> None:
     cache = fp8.output / "quantization" / "calibration.safetensors"
     taken = replace(SETTINGS, cache=cache)
