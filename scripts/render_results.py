@@ -93,7 +93,7 @@ def end_to_end(rows: Sequence[RowDict]) -> list[str]:
         limit = f", power limit {first['power_limit']}" if first["power_limit"] else ""
         driver = f", driver {first['driver']}" if first["driver"] else ""
         commits = ", ".join(sorted({row["commit"] for row in group}))
-        versions = "; ".join(sorted({row["versions"] for row in group}))
+        versions = _versions(row["versions"] for row in group)
         lines += [
             f"{device}{limit}{driver}; {versions}; commit {commits}. Random weights of the real sizes, milliseconds, "
             "medians. Engines: `step` is the denoising loop over its steps; single calls are timed on the host's clock "
@@ -110,6 +110,16 @@ def end_to_end(rows: Sequence[RowDict]) -> list[str]:
         for key in sorted(pictures, key=lambda key: (key[0], *map(int, key[1:]))):
             lines += _picture(pictures[key], measured)
     return lines + _linearity(timed) + _failures(rows)
+
+
+def _versions(found: Iterable[str]) -> str:
+    """Every package once with all its versions: "torch 2.11.0; triton 3.6.0, 3.7.0", in the order of the rows."""
+    numbers: dict[str, dict[str, None]] = {}
+    for versions in dict.fromkeys(found):
+        for entry in versions.split("; "):
+            package, _, number = entry.partition(" ")
+            numbers.setdefault(package, {})[number] = None
+    return "; ".join(f"{package} {', '.join(kept)}" for package, kept in numbers.items())
 
 
 def newest(rows: Sequence[RowDict]) -> list[RowDict]:

@@ -77,6 +77,15 @@ def test_a_readme_without_markers_is_refused(render: ModuleType, tmp_path: Path)
         render.rendered("no markers", tmp_path)
 
 
+def test_versions_of_several_runs_are_one_list(render: ModuleType, tmp_path: Path) -> None:
+    later = replace(MACHINE, versions="torch 2.11; onnxruntime-gpu 1.31; CUDA 13.0", run="2026-11-23T10:00:00Z")
+    last = replace(MACHINE, versions="torch 2.12; CUDA 13.0", run="2026-11-24T10:00:00Z")
+    runs = [timed(CASE, f"{OURS} {i}", "step", 4.0, machine) for i, machine in enumerate((MACHINE, later, last))]
+    write_rows(tmp_path / "end_to_end.csv", runs)
+    text = render.rendered(FRAME, tmp_path)
+    assert "; torch 2.11, 2.12; onnxruntime-gpu 1.31; CUDA 13.0; commit abc." in text
+
+
 def test_pictures_show_ratio_to_the_best_peer_gap_and_memory(render: ModuleType, tmp_path: Path) -> None:
     write_rows(tmp_path / "end_to_end.csv", ROWS)
     text = render.rendered(FRAME, tmp_path)
