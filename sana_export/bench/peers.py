@@ -62,7 +62,7 @@ PEERS: dict[str, Recipe] = {
     "eager": Recipe("eager"),
     "graph": Recipe("eager, CUDA graph", graph=True),
     "compile": Recipe("torch.compile, CUDA graph", {"dynamic": False}, graph=True),
-    # The decoder's convolutions want this layout: without it the compiler converts to it and back.
+    # The layout that diffusers' guide recommends for convolutions, of which the decoder is made.
     "channels-last": Recipe(
         "torch.compile, channels-last, CUDA graph", {"dynamic": False}, graph=True, channels_last=True
     ),
