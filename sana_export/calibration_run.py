@@ -38,7 +38,6 @@ from sana_runtime.contract import (
 )
 from sana_runtime.errors import InputError
 from sana_runtime.files import whole_file
-from sana_runtime.manifest import SchedulerEntry
 from sana_runtime.pipeline import draw_noise, seeded_generator
 from sana_runtime.scheduler import StepTable, step_table
 from sana_runtime.tokenizer import CaptionTokenizer, clean_prompt
@@ -87,7 +86,7 @@ def calibrate(
         width,
         sampling_of(checkpoint),
     )
-    folder = work_folder / _fingerprint(provenance, scheduler_entry(checkpoint), device, precision)
+    folder = work_folder / _fingerprint(provenance, device, precision)
     progress = _Progress(on_progress, run, _needed_components(rules))
     observed: dict[ComponentName, dict[str, Observation]] = {}
     for name in progress.components:
@@ -105,9 +104,12 @@ def calibrate(
 
 
 def sampling_of(checkpoint: Checkpoint) -> str:
-    """How a model is asked, so far as scales depend on it: "flow_dpm_solver, flow shift 3, guidance 4.5"."""
+    """How a model is asked, so far as scales and gate depend on it: all of its scheduler's entry but the default steps,
+    which calibration and gate do not take.
+    """
     entry = scheduler_entry(checkpoint)
-    return f"{entry.kind}, flow shift {entry.flow_shift:g}, guidance {entry.default_guidance_scale:g}"
+    schedule = f"{entry.kind}, flow shift {entry.flow_shift}, {entry.num_train_timesteps} timesteps"
+    return f"{schedule}, sigma_data {entry.sigma_data}, guidance {entry.default_guidance_scale}"
 
 
 def rules_of(recipe: Recipe, plan: ComponentPlan) -> dict[str, LayerRule]:
@@ -345,9 +347,9 @@ def _run_prompt(
     return result
 
 
-def _fingerprint(provenance: Provenance, scheduler: SchedulerEntry, device: str, precision: str) -> str:
+def _fingerprint(provenance: Provenance, device: str, precision: str) -> str:
     """A folder's name: progress made with other arguments or another torch is not mixed in."""
-    facts = (provenance, scheduler, device, precision, str(torch.__version__))
+    facts = (provenance, device, precision, str(torch.__version__))
     return hashlib.sha256(msgspec.json.encode(facts, order="sorted")).hexdigest()[:16]
 
 

@@ -32,7 +32,7 @@ from sana_export.inductor.compile import Begun
 from sana_export.inductor.stage import InductorStage
 from sana_export.inductor.workers import Workers
 from sana_export.peak_memory import PeakMemory
-from sana_export.prompting import scheduler_entry, tokenizer_entry
+from sana_export.prompting import tokenizer_entry
 from sana_export.quantize import (
     QuantizedBuild,
     alpha_summary,
@@ -280,8 +280,7 @@ class Stages:
         return {
             **{f"{name} weights": digest for name, digest in self._weights().items()},
             "recipe": self.quantized.recipe.digest,
-            # Its default steps are not calibrated with.
-            "scheduler": str(msgspec.structs.replace(scheduler_entry(self.checkpoint), default_num_steps=0)),
+            "sampling": sampling_of(self.checkpoint),
             "prompts": prompts_digest(self.quantized.prompts),
             "steps": str(settings.num_steps),
             "seed": str(settings.seed),

@@ -38,7 +38,7 @@ _FIELDS = ("activation_amax", "smooth_factor", "step_amax", "smoothing_alpha", "
 
 class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What a calibration was made from: digests (hex SHA-256), seed, steps, picture size in pixels, and how the model
-    was asked ("flow_dpm_solver, flow shift 3, guidance 4.5"; empty: not recorded, by an earlier version).
+    was asked, in words (empty: not recorded, by an earlier version).
     """
 
     weights: dict[str, str]

@@ -202,10 +202,10 @@ def test_a_calibration_of_another_guidance_is_refused(fp8: BuildRequest, tmp_pat
     """The scales are those of pictures that this model is not asked for."""
     model = tmp_path / "model"
     shutil.copytree(fp8.model, model)
-    (model / "sampling.json").write_text('{"guidance_scale": 3}')
+    (model / SAMPLING).write_text('{"guidance_scale": 3}')
     cache = fp8.output / "quantization" / "calibration.safetensors"
     wanted = replace(fp8, model=str(model), output=tmp_path / "other", calibration=replace(SETTINGS, cache=cache))
-    with pytest.raises(InputError, match=r"(?s)another schedule or guidance.*guidance 4\.5.*guidance 3"):
+    with pytest.raises(InputError, match=r"(?s)another schedule or guidance.*guidance 4\.5.*guidance 3\.0"):
         build(wanted, Recorder())
     assert not wanted.output.exists()
 
@@ -254,7 +254,7 @@ def test_a_model_is_calibrated_with_its_own_guidance_and_schedule(fp8: BuildRequ
     first = read_manifest(fp8.output)
     Path(own.model, SAMPLING).write_text('{"guidance_scale": 2, "num_inference_steps": 12}')
     manifest, recorder = rebuilt(own)
-    assert {"scheduler" in recorder.built[stage] for stage in ("calibration", "gate")} == {True}
+    assert {"sampling" in recorder.built[stage] for stage in ("calibration", "gate")} == {True}
     assert (manifest.scheduler.default_guidance_scale, manifest.scheduler.default_num_steps) == (2.0, 12)
     assert manifest.scheduler.flow_shift == first.scheduler.flow_shift
     assert manifest.quantization is not None
