@@ -13,7 +13,7 @@ from sana_kernels.scaled_linear.reference import residual_sum, scaled_linear_ref
 FP8 = torch.float8_e4m3fn
 Values = Literal["normal", "small integers"]
 # Half the distance from 1 to the next number.
-_ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def _parts(case: Case, inputs: Inputs) -> tuple[torch.Tensor, ...]:
 def _rounding_error(case: Case, inputs: Inputs) -> torch.Tensor:
     """Bound of README.md for exact sums, fp64 [B, N, outputs]."""
     y, branch, size, residual, gate = _parts(case, inputs)
-    unit, fp32, least = _ROUNDOFF[case.dtype], _ROUNDOFF[torch.float32], torch.finfo(case.dtype).smallest_normal
+    unit, fp32, least = ROUNDOFF[case.dtype], ROUNDOFF[torch.float32], torch.finfo(case.dtype).smallest_normal
     before = 4 * fp32 * size
     error = before + unit * (branch.abs() + before) + unit * least
     if case.epilogue in ("plain", "bias"):

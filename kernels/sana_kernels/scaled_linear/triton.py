@@ -24,7 +24,7 @@ GROUP_M = 8
 
 
 @triton.jit
-def _product(x, weight, total):
+def product(x, weight, total):
     """total + x [M, K] times weight [N, K] transposed; int8 adds in int32, everything else in fp32."""
     if INTERPRETED and x.dtype != tl.int8:  # it multiplies bf16 and float8 as the integers it keeps them in
         x = x.to(tl.float32)
@@ -33,7 +33,7 @@ def _product(x, weight, total):
 
 
 @triton.jit
-def _tile_of_program(row_tiles, column_tiles, GROUP_M: tl.constexpr):
+def tile_of_program(row_tiles, column_tiles, GROUP_M: tl.constexpr):
     """(row, column) of this program's tile: GROUP_M rows of tiles column by column, then the next GROUP_M."""
     program = tl.program_id(0)
     group_size = GROUP_M * column_tiles
@@ -43,13 +43,13 @@ def _tile_of_program(row_tiles, column_tiles, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def _halves(tile):
+def halves(tile):
     """A tile [M, N] as its left and its right half."""
     return tl.split(tl.permute(tl.reshape(tile, [tile.shape[0], 2, tile.shape[1] // 2]), (0, 2, 1)))
 
 
 @triton.jit
-def _row(ptr, first_n, N: tl.constexpr, WIDTH: tl.constexpr):
+def row_of(ptr, first_n, N: tl.constexpr, WIDTH: tl.constexpr):
     """Columns first_n to first_n + WIDTH of a vector [N] as [1, WIDTH] fp32, zero behind its end."""
     n = first_n + tl.arange(0, WIDTH)
     return tl.load(ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
@@ -97,16 +97,16 @@ def _finish(
     if SCALES == "tensor":
         wide *= tl.load(activation_scale_ptr) * tl.load(weight_scale_ptr)
     elif SCALES == "row":
-        wide *= tl.load(activation_scale_ptr) * _row(weight_scale_ptr, first_n, N, WIDTH)
+        wide *= tl.load(activation_scale_ptr) * row_of(weight_scale_ptr, first_n, N, WIDTH)
     if HAS_BIAS:
-        wide += _row(bias_ptr, first_n, N, WIDTH)
+        wide += row_of(bias_ptr, first_n, N, WIDTH)
     y = narrow(wide, 1.0, dtype)
     if LIMIT > 0:
         y = narrow(tl.clamp(y.to(tl.float32), -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL), 1.0, dtype)
     if HAS_RESIDUAL:
         wide = y.to(tl.float32)
         if GATES == "shared":
-            wide *= _row(gate_ptr, first_n, N, WIDTH)
+            wide *= row_of(gate_ptr, first_n, N, WIDTH)
         elif GATES == "batch":
             batch = ((first_m + m) // rows_per_gate).to(tl.int32)
             wide *= tl.load(gate_ptr + first_n + batch[:, None] * N + n[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -115,7 +115,7 @@ def _finish(
     if HAS_CODES:
         wide = y.to(tl.float32)
         if HAS_SMOOTH:
-            wide *= _row(inverse_smooth_ptr, first_n, N, WIDTH)
+            wide *= row_of(inverse_smooth_ptr, first_n, N, WIDTH)
         codes = narrow(wide, inverse_scale(out_scale_ptr, codes_ptr.dtype.element_ty), codes_ptr.dtype.element_ty)
         tl.store(codes_ptr + first + at, codes, mask=inside)
 
@@ -153,7 +153,7 @@ def scaled_linear_kernel(
     """Program (tile). SCALES: "none", "tensor" or "row" (of the weight); GATES: "none", "shared" or "batch";
     LIMIT 0: none; BLOCK_N is 1, 2 or 4 times PART_N.
     """
-    tile_m, tile_n = _tile_of_program(tl.cdiv(rows, BLOCK_M), (N + BLOCK_N - 1) // BLOCK_N, GROUP_M)
+    tile_m, tile_n = tile_of_program(tl.cdiv(rows, BLOCK_M), (N + BLOCK_N - 1) // BLOCK_N, GROUP_M)
     first_m, first_n = tile_m.to(tl.int64) * BLOCK_M, tile_n * BLOCK_N
     k = tl.arange(0, BLOCK_K)
     # Rows and columns beyond the end read the last one instead and are not written.
@@ -175,17 +175,17 @@ def scaled_linear_kernel(
             inside_k = (start + k < K)[None, :]
             x = tl.load(x_ptrs, mask=inside_k, other=0.0)
             weight = tl.load(weight_ptrs, mask=inside_k, other=0.0)
-        total = _product(x, weight, total)
+        total = product(x, weight, total)
         x_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K
 
     # A quarter or half of a wide tile at a time: the whole one takes so many registers that one program less fits.
     parts = (total,)
     if BLOCK_N == 2 * PART_N:
-        parts = _halves(total)
+        parts = halves(total)
     elif BLOCK_N == 4 * PART_N:
-        left, right = _halves(total)
-        parts = _halves(left) + _halves(right)
+        left, right = halves(total)
+        parts = halves(left) + halves(right)
     for i in tl.static_range(BLOCK_N // PART_N):
         _finish(
             parts[i],
