@@ -9,24 +9,25 @@ rows together. Exact; the memory of a stage is then that of a window and of its 
 
 Against `reference.dc_ae`: nearest upsampling and the convolution behind it are one 2x2 convolution with four times the
 channels on the small image (exact, 4 / 9 of the products); the depthwise 5x5 is a sum of shifted products, which
-Inductor makes one pass of; the grouped 1x1 is a batched product; linear attention and the middle of Mix-FFN are our
-kernels.
+Inductor makes one pass of; the grouped 1x1 is a batched product; linear attention, the middle of Mix-FFN and 3x3
+convolutions over codes, those of residual blocks, are our kernels.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch.nn import functional as F
 
-from sana_export.inductor.linear import Tensors
+from sana_export.inductor.linear import LinearForm, Tensors, codes_of
 from sana_export.inductor.piece import Piece
 from sana_export.inductor.transformer import taps_view
 from sana_export.reference.dc_ae import AutoencoderConfig, Window, stage_windows
 from sana_kernels.linear_attention import linear_attention
 from sana_kernels.mix_ffn_depthwise import mix_ffn_depthwise
 from sana_kernels.modulated_norm.api import Impl
+from sana_kernels.scaled_convolution import scaled_convolution, scaled_convolution_codes
 from sana_runtime.contract import PIXELS_PER_LATENT
 from sana_runtime.inductor_program import Call
 
@@ -46,7 +47,10 @@ ONE_PASS = {"realize_acc_reads_threshold": 64, "realize_reads_threshold": 64, "r
 
 @dataclass(frozen=True)
 class DecoderLayout:
-    """What the pieces are made for: latent size, dtype, kernels, and how three kinds of layers are computed."""
+    """What the pieces are made for: latent size, dtype, kernels, and how three kinds of layers are computed.
+
+    `forms`: of convolutions of residual blocks whose weights and activations are quantised; others are in the dtype.
+    """
 
     config: AutoencoderConfig
     dtype: torch.dtype
@@ -56,6 +60,7 @@ class DecoderLayout:
     upsampling: Upsampling = "phases"
     depthwise: Depthwise = "shifted"
     grouped: Grouped = "batched"
+    forms: Mapping[str, LinearForm] = field(default_factory=dict)
 
 
 def decoder_pieces(layout: DecoderLayout) -> tuple[Piece, ...]:
@@ -75,7 +80,7 @@ def decoder_calls(layout: DecoderLayout) -> tuple[Call, ...]:
     value = "latent"
     for stages in _together(layout):
         result = f"stage.{stages[-1]}" if stages[-1] else "image"
-        weights = [name for stage in stages for name in _stage_weights(layout.config, stage)]
+        weights = [name for stage in stages for name in _stage_weights(layout, stage)]
         windows = _windows(layout, stages[0])
         parts = [f"{result}.{i}" for i in range(len(windows))]
         for part, window in zip(parts, windows, strict=True):
@@ -98,7 +103,7 @@ def _windows(layout: DecoderLayout, stage: int) -> tuple[Window, ...]:
 
 def decoder_weights(layout: DecoderLayout) -> list[str]:
     """The names of all weights, as the reference names them."""
-    return [name for stages in _together(layout) for stage in stages for name in _stage_weights(layout.config, stage)]
+    return [name for stages in _together(layout) for stage in stages for name in _stage_weights(layout, stage)]
 
 
 def _together(layout: DecoderLayout) -> list[list[int]]:
@@ -135,7 +140,7 @@ def _stages_piece(layout: DecoderLayout, stages: Sequence[int], *, last: bool) -
         return ((x if last else x[0]).clone(memory_format=torch.contiguous_format),)
 
     options = ONE_PASS if layout.depthwise == "shifted" else {}
-    weights = [name for stage in stages for name in _stage_weights(layout.config, stage)]
+    weights = [name for stage in stages for name in _stage_weights(layout, stage)]
     return Piece(_stages_name(stages), ("x", *weights), compute, options)
 
 
@@ -157,14 +162,19 @@ def _stage(x: torch.Tensor, t: Tensors, layout: DecoderLayout, stage: int) -> to
     for i in range(config.decoder_layers[stage]):
         name = f"stages.{stage}.blocks.{i}"
         if config.decoder_blocks[stage] == "ResBlock":
-            x = _res_block(x, t, name)
+            x = _res_block(x, t, name, layout)
         else:
             x = _attention_block(x, t, name, layout, bool(config.decoder_multiscales[stage]))
     return x if stage else _pixels(x, t)
 
 
-def _stage_weights(config: AutoencoderConfig, stage: int) -> list[str]:
+def _stage_weights(layout: DecoderLayout, stage: int) -> list[str]:
     """The names of all weights of a stage, as the reference names them."""
+    config = layout.config
+
+    def convolution(name: str, *parts: str) -> list[str]:
+        form = layout.forms.get(name)
+        return [*form.tensors(name)] if form else [f"{name}.{part}" for part in parts]
 
     def pair(name: str) -> list[str]:
         return [f"{name}.weight", f"{name}.bias"]
@@ -173,7 +183,8 @@ def _stage_weights(config: AutoencoderConfig, stage: int) -> list[str]:
     names = pair("conv_in" if first else f"stages.{stage}.upsample")
     for block in (f"stages.{stage}.blocks.{i}" for i in range(config.decoder_layers[stage])):
         if config.decoder_blocks[stage] == "ResBlock":
-            names += [*pair(f"{block}.conv1"), f"{block}.conv2.weight", *pair(f"{block}.norm")]
+            names += [*convolution(f"{block}.conv1", "weight", "bias"), *convolution(f"{block}.conv2", "weight")]
+            names += pair(f"{block}.norm")
             continue
         attention, ffn = f"{block}.linear_attention", f"{block}.mix_ffn"
         names += [f"{attention}.qkv.weight", f"{attention}.to_out.weight", *pair(f"{attention}.norm")]
@@ -241,9 +252,38 @@ def _norm(x: torch.Tensor, t: Tensors, name: str) -> torch.Tensor:
     return (wide * t[f"{name}.weight"].float() + t[f"{name}.bias"].float()).to(x.dtype)
 
 
-def _res_block(x: torch.Tensor, t: Tensors, name: str) -> torch.Tensor:
-    hidden = F.silu(_convolution(x, t, f"{name}.conv1"))
-    return x + _norm(_convolution(hidden, t, f"{name}.conv2"), t, f"{name}.norm")
+def _res_block(x: torch.Tensor, t: Tensors, name: str, layout: DecoderLayout) -> torch.Tensor:
+    conv1, conv2 = f"{name}.conv1", f"{name}.conv2"
+    if conv1 in layout.forms:
+        hidden = _scaled(x, t, conv1, layout, silu=True, feeds=conv2)
+    else:
+        hidden = F.silu(_convolution(x, t, conv1))
+    out = _scaled(hidden, t, conv2, layout) if conv2 in layout.forms else _convolution(hidden, t, conv2)
+    return x + _norm(out, t, f"{name}.norm")
+
+
+def _scaled(
+    x: torch.Tensor, t: Tensors, name: str, layout: DecoderLayout, *, silu: bool = False, feeds: str = ""
+) -> torch.Tensor:
+    """A quantised convolution of x, in the base dtype or already as codes, as what the one that it `feeds` takes."""
+    form, fed = layout.forms[name], layout.forms.get(feeds)
+    codes = codes_of(x, t, name, form)
+    scales = t[f"{name}.activation_scale"], t[f"{name}.weight_scale"]
+    bias, weight = t.get(f"{name}.bias"), t[f"{name}.weight"]
+    if fed is None:
+        return scaled_convolution(codes, weight, *scales, dtype=layout.dtype, bias=bias, silu=silu, impl=layout.impl)
+    assert fed.activation_dtype is not None
+    return scaled_convolution_codes(
+        codes,
+        weight,
+        *scales,
+        dtype=layout.dtype,
+        out_scale=t[f"{feeds}.activation_scale"],
+        out_dtype=fed.activation_dtype,
+        bias=bias,
+        silu=silu,
+        impl=layout.impl,
+    )
 
 
 def _upsampled(x: torch.Tensor, t: Tensors, name: str, layout: DecoderLayout) -> torch.Tensor:

@@ -80,7 +80,7 @@ def linear(
         if own_weight_only and form.weight_dtype == INT8:
             return weight_only_linear(x, weight, tensors[f"{name}.weight_scale"], bias, impl="triton")
         return _scaled(x @ weight.to(dtype).t(), tensors[f"{name}.weight_scale"], bias, dtype)
-    codes = x if x.dtype == form.activation_dtype else _codes(x, tensors, name, form)
+    codes = codes_of(x, tensors, name, form)
     scales = tensors[f"{name}.activation_scale"], tensors[f"{name}.weight_scale"]
     if own_int8 and form.activation_dtype == INT8:
         activation_scale, weight_scale = scales
@@ -124,7 +124,7 @@ def residual_linear(
     The branch is held within +-`limit`. The second result is y's codes where the layer `following` (name, form) is fed
     by codes, else y. `form` has weights and activations of one dtype (`takes_residual`).
     """
-    codes = x if form.activation_dtype in (None, x.dtype) else _codes(x, tensors, name, form)
+    codes = x if form.activation_dtype is None else codes_of(x, tensors, name, form)
     parts = ("bias", "weight_scale", "activation_scale")
     arguments: dict[str, Any] = {part: tensors.get(f"{name}.{part}") for part in parts}
     arguments |= {"dtype": residual.dtype, "residual": residual, "gate": gate, "limit": limit, "impl": "triton"}
@@ -142,8 +142,11 @@ def residual_linear(
     )
 
 
-def _codes(x: torch.Tensor, tensors: Tensors, name: str, form: LinearForm) -> torch.Tensor:
+def codes_of(x: torch.Tensor, tensors: Tensors, name: str, form: LinearForm) -> torch.Tensor:
+    """What the layer `name` multiplies of x, which is in the base dtype or already that."""
     assert form.activation_dtype is not None
+    if x.dtype == form.activation_dtype:
+        return x
     wide = x.float()
     if form.smooth:
         wide = wide * tensors[f"{name}.inverse_smooth"].float()

@@ -366,17 +366,32 @@ def _packed(names: list[str], weights: Weights, quantized: _Quantized) -> tuple[
 
 
 def _prepare_decoder(layout: dc_ae.DecoderLayout, weights: Weights, quantized: _Quantized) -> Prepared:
-    if quantized.rules:
+    forms = convolution_forms(quantized)
+    if left := len(quantized.rules) - len(forms):
         quantized.notes.append(
-            f"vae_decoder: {len(quantized.rules)} convolutions stay in the base dtype: this target has no 8-bit ones"
+            f"vae_decoder: {left} quantised layers stay in the base dtype: this target has 8-bit kernels for 3 x 3 "
+            "convolutions of residual blocks with quantised activations"
         )
+    layout = replace(layout, forms=forms)
     pieces = dc_ae.decoder_pieces(layout)
     stored = {}
     calls = dc_ae.decoder_calls(layout)
+    for layer, form in forms.items():
+        bias = weights[f"{layer}.bias"] if form.bias else None
+        for part, tensor in quantized.tensors(layer, form, weights[f"{layer}.weight"], bias).items():
+            stored[f"{layer}.{part}"] = _stored_for_decoder(f"{layer}.{part}", tensor, layout)
     for name in dc_ae.decoder_weights(layout):
-        stored[name] = _stored_for_decoder(name, cast(weights[name], layout.dtype), layout)
+        if name not in stored:
+            stored[name] = _stored_for_decoder(name, cast(weights[name], layout.dtype), layout)
     by_name = {piece.name: piece for piece in pieces}
     return _checked(Prepared(by_name, (), calls, stored, tuple(quantized.notes)), weights)
+
+
+def convolution_forms(quantized: _Quantized) -> dict[str, LinearForm]:
+    """Of the convolutions that our kernel computes."""
+    names = [name for name in quantized.rules if name.endswith((".conv1", ".conv2"))]
+    forms = {name: quantized.form(name, name.endswith(".conv1")) for name in names if quantized.factor(name) is None}
+    return {name: form for name, form in forms.items() if form.activation_dtype == form.weight_dtype}
 
 
 def _stored_for_decoder(name: str, tensor: LazyTensor, layout: dc_ae.DecoderLayout) -> LazyTensor:

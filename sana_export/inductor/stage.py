@@ -70,10 +70,9 @@ class InductorStage:
         }
         if plan.name != "text_encoder":
             inputs["height x width"] = f"{self.request.height} x {self.request.width}"
-        # `prepare` leaves the decoder in the base dtype, and the text encoder's activations.
-        if plan.name != "vae_decoder":
-            inputs["recipe"] = rules_digest(self._rules(plan))
-        if plan.name == "transformer":
+        inputs["recipe"] = rules_digest(self._rules(plan))
+        # `prepare` leaves the text encoder's activations in the base dtype.
+        if plan.name != "text_encoder":
             inputs["calibration"] = self.scales.component_digest(plan.name) if self.scales else "none"
         return inputs
 

@@ -196,19 +196,21 @@ def test_a_quantised_bundle_stores_eight_bits(
         checkpoint_directory("random:tiny"), tmp_path / "bundle", "fp8", calibration=settings, gate=False
     )
     build(request, recorder)
-    assert any("convolutions stay in the base dtype" in note for note in recorder.notes)
+    assert not any(note.startswith("vae_decoder:") for note in recorder.notes), "left in the base dtype"
     picture = Pipeline.load(tmp_path / "bundle", report=lambda line: None).generate(PROMPT, num_steps=3)
     assert picture.pixels.std() > 10
     program = inductor.read_program(tmp_path / "bundle" / "transformer" / "inductor" / inductor.PROGRAM_NAME)
     block = next(call for call in program.step if call.piece == "block")
     assert "blocks.0.mix_ffn.conv_point.activation_scale" in block.inputs
+    program = inductor.read_program(tmp_path / "bundle" / "vae_decoder" / "inductor" / inductor.PROGRAM_NAME)
+    assert "stages.0.blocks.0.conv1.activation_scale" in program.step[-1].inputs
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_other_precisions_and_sizes_take_what_they_share(
     tmp_path: Path, checkpoint_directory: Callable[[str], Path], eager_pieces: dict, jobs: int
 ) -> None:
-    """The decoder has no 8-bit products, the text encoder no picture size."""
+    """The text encoder has no picture size."""
     fp32 = request_for(checkpoint_directory("random:tiny"), tmp_path / "fp32")
     build(fp32, Recorder())
     settings = CalibrationSettings(num_prompts=1, num_steps=1, side=64)
@@ -222,18 +224,18 @@ def test_other_precisions_and_sizes_take_what_they_share(
         output=tmp_path / "fp8",
     )
     recorder = Recorder()
-    manifest = build(replace(fp8, reuse=(fp32.output,)), recorder)
+    build(replace(fp8, reuse=(fp32.output,)), recorder)
     taken = f"same inputs in {fp32.output}, files intact"
-    assert recorder.reused == {"tokenizer": taken, "vae_decoder/inductor": taken}
-    note = "vae_decoder: 18 convolutions stay in the base dtype: this target has no 8-bit ones"
-    assert note in recorder.notes
-    assert note in manifest.notes
+    assert recorder.reused == {"tokenizer": taken}
     eager_pieces.clear()
     recorder = Recorder()
     small = replace(fp8, height=96, output=tmp_path / "small", reuse=(fp32.output, fp8.output))
-    build(small, recorder)
+    small = replace(small, precision="int8-weight-only")
+    manifest = build(small, recorder)
     assert recorder.reused["text_encoder/inductor"] == f"same inputs in {fp8.output}, files intact"
     assert {component for component, _ in eager_pieces} == {"transformer", "vae_decoder"}, "what was compiled"
+    assert any(note.startswith("vae_decoder: 18 quantised layers stay in the base dtype") for note in manifest.notes)
+    assert [note for note in recorder.notes if note in manifest.notes] == [*manifest.notes]
 
 
 def test_a_compiler_that_fails_is_a_build_error(

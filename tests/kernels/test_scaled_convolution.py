@@ -66,8 +66,8 @@ def test_op_on_the_cpu_matches_the_oracle(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CODES_ON_CPU, ids=str)
-def test_codes_on_the_cpu_are_the_oracles(case: Case) -> None:
-    assert verify_codes(case, "cpu", None).values
+def test_codes_on_the_cpu_are_those_of_the_result(case: Case) -> None:
+    assert verify_codes(case, "cpu", None).different == 0
 
 
 def test_triton_matches_the_oracle_in_the_interpreter() -> None:
@@ -193,5 +193,5 @@ def test_triton_matches_the_oracle(case: Case) -> None:
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("case", CODES_ON_GPU, ids=str)
-def test_triton_codes_are_the_oracles(case: Case) -> None:
+def test_triton_codes_are_those_of_the_result(case: Case) -> None:
     assert verify_codes(case, "cuda", "triton").values
