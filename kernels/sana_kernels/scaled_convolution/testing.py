@@ -166,11 +166,13 @@ def separate_operations(case: Case, inputs: Inputs) -> torch.Tensor:
     columns = torch.cat(
         [padded[:, i : i + case.height, j : j + case.width] for i in range(3) for j in range(3)], dim=-1
     )
-    sums = torch._scaled_mm(
-        columns.flatten(0, 2), weight.flatten(1).t(), one, one, out_dtype=torch.float32, use_fast_accum=True
-    )
+    # The library wants sixteen output channels or a multiple.
+    rows = F.pad(weight.flatten(1).float(), (0, 0, 0, -case.outputs % 16)).to(FP8)
+    sums = torch._scaled_mm(columns.flatten(0, 2), rows.t(), one, one, out_dtype=torch.float32, use_fast_accum=True)[
+        :, : case.outputs
+    ]
     scale = activation_scale * weight_scale
-    return finish(sums.view(*x.shape[:-1], -1), scale, inputs.bias, None, case.silu, case.dtype, None)
+    return finish(sums.reshape(*x.shape[:-1], -1), scale, inputs.bias, None, case.silu, case.dtype, None)
 
 
 def arguments(case: Case, inputs: Inputs, out_scale: torch.Tensor | None) -> tuple[Any, ...]:

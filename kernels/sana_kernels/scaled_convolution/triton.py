@@ -177,7 +177,11 @@ class Tiling:
 
 
 def tiling(pixels: int, channels: int) -> Tiling:
-    """Of a convolution of `pixels` with `channels` results each."""
+    """Of a convolution of `pixels` with `channels` results each.
+
+    What was fastest on an H200 for the last stage of the decoder, 1024 px, and within 10 % of the fastest for the two
+    before it, of those whose factors in flight take at most 96 KiB of shared memory (see `scaled_linear.tiling`).
+    """
     if pixels <= 64 or channels <= 32:
         return Tiling(32, 64, 128, 4, 3, 64)
     return Tiling(128, 128, 128, 4, 3, 32)
