@@ -70,10 +70,12 @@ class InductorStage:
         }
         if plan.name != "text_encoder":
             inputs["height x width"] = f"{self.request.height} x {self.request.width}"
-        inputs["recipe"] = rules_digest(self._rules(plan))
-        # `prepare` leaves the text encoder's activations in the base dtype.
+        rules = self._rules(plan)
+        active = {layer: rule for layer, rule in rules.items() if rule.activation_dtype is not None}
+        # `prepare` leaves the decoder's other layers in the base dtype, and the text encoder's activations.
+        inputs["recipe"] = rules_digest(active if plan.name == "vae_decoder" else rules)
         if plan.name != "text_encoder":
-            inputs["calibration"] = self.scales.component_digest(plan.name) if self.scales else "none"
+            inputs["calibration"] = self.scales.component_digest(plan.name) if self.scales and active else "none"
         return inputs
 
     def _rules(self, plan: ComponentPlan) -> Mapping[str, LayerRule]:

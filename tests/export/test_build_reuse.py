@@ -339,16 +339,22 @@ def test_a_transformer_is_of_its_size_rules_and_scales() -> None:
     assert inputs_of("transformer", elsewhere) == found
 
 
-def test_a_decoder_serves_every_recipe_of_its_size() -> None:
+def test_a_decoder_is_of_its_size_and_of_the_convolutions_with_8_bit_activations() -> None:
     found = inputs_of("vae_decoder", None)
-    assert [inputs_of("vae_decoder", "fp8", amax=2.0), inputs_of("vae_decoder", "int8")] == [found, found]
-    assert inputs_of("vae_decoder", "fp8", side=128)["height x width"] != found["height x width"]
+    assert [inputs_of("vae_decoder", name) for name in ("int8-weight-only", "int4-weight-only")] == [found, found]
+    assert inputs_of("vae_decoder", None, side=128)["height x width"] != found["height x width"]
+    fp8 = inputs_of("vae_decoder", "fp8")
+    differing = [found, inputs_of("vae_decoder", "int8"), inputs_of("vae_decoder", "fp8", amax=2.0)]
+    changed = [{name for name in fp8 if fp8[name] != other[name]} for other in differing]
+    assert changed == [{"recipe", "calibration"}, {"recipe"}, {"calibration"}]
+    elsewhere = load_recipe("fp8").excluding((Exclusion("transformer", "blocks.0.*", "x"),))
+    assert inputs_of("vae_decoder", elsewhere) == fp8
 
 
 @pytest.mark.parametrize(
     ("component", "one", "other"),
     [
-        ("vae_decoder", (None, 64, 1.0), ("fp8", 64, 2.0)),
+        ("vae_decoder", (None, 64, 1.0), ("int8-weight-only", 64, 2.0)),
         ("text_encoder", ("fp8", 64, 1.0), ("int8", 128, 1.0)),
         ("text_encoder", ("activations", 64, 1.0), ("activations", 128, 2.0)),
     ],
