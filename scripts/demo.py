@@ -22,7 +22,8 @@ from sana_runtime.errors import TargetError
 from sana_runtime.tensorrt_library import find_tensorrt
 
 FOLDER = Path("demo")
-BUNDLE, PICTURE, PAIR, PARITY = (FOLDER / name for name in ("bundle", "picture.png", "side-by-side.png", "parity.json"))
+BUNDLE, PICTURE, PAIR = (FOLDER / name for name in ("bundle", "picture.png", "side-by-side.png"))
+REPORT, PARITY = FOLDER / "report.html", FOLDER / "parity.json"
 # The first there is, for both sides.
 PAINTING = ["--num-steps", "20", "--seed", "0"]
 
@@ -37,7 +38,7 @@ def main() -> int:
         if code:
             return code
     right = judge(console)
-    console.print(f"\nbundle: {BUNDLE}\npicture: {PICTURE}\nengine beside PyTorch: {PAIR}\nparity: {PARITY}")
+    console.print(f"\nbundle: {BUNDLE}\npicture: {PICTURE}\nengine beside PyTorch: {PAIR}\nreport: {REPORT}, {PARITY}")
     return 0 if right else 1
 
 
@@ -54,7 +55,7 @@ def targets(console: Console) -> list[str]:
 def commands(built_for: list[str]) -> list[list[str]]:
     """Build, paint, compare."""
     prompt, bundle = DEMO_PROMPT.text, str(BUNDLE)
-    compared = ["--pictures", str(PAIR), "--json", str(PARITY)]
+    compared = ["--pictures", str(PAIR), "--report", str(REPORT), "--json", str(PARITY)]
     return [
         # fp32 around the FP8 products, so that ONNX Runtime runs the bundle on any CPU.
         [*shlex.split("sana-export build nano --precision fp8 --base-precision fp32"), *built_for, "--output", bundle],

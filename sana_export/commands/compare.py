@@ -38,6 +38,13 @@ def run(
         bool, typer.Option("--gate/--no-gate", help="Fail where a bound or a threshold of the recipe is missed.")
     ] = True,
     json_file: JsonFile = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.html",
+            help="Write the result as a page: verdict, pictures, curves over the steps, all figures.",
+        ),
+    ] = None,
     pictures: Annotated[
         Path | None,
         typer.Option(
@@ -64,13 +71,16 @@ def run(
     Both sides start from the same noise. Every component is compared on equal inputs, the transformer at every step,
     the latent as it drifts, and the finished picture. The weights must be those the bundle was built from. Exit
     code 1 if a component is further from the reference than the rounding of its dtype explains or, for a quantised
-    bundle, if a threshold of its recipe is missed.
+    bundle, if a threshold of its recipe is missed. --report, --json and --pictures are written in either case.
 
     --quality needs no checkpoint: it paints prompts of procedural scenes that no training has seen, for models such as
     sana-nano, reads count, colour, shape, position, binding and background off each picture, and gives their rates.
     Prompt i is painted from seed S + i. With --json, an interrupted run goes on where it stopped.
     """
     if quality:
+        _refuse(
+            "--report", report, "a comparison with PyTorch", "leave --quality away, or use --json FILE for its rates"
+        )
         _quality(
             bundle,
             target,
@@ -85,12 +95,14 @@ def run(
             sheet=pictures,
         )
         return
-    _refuse_without_quality({"--save-pictures": save_pictures, "--reference-pictures": reference_pictures})
+    for flag, value in (("--save-pictures", save_pictures), ("--reference-pictures", reference_pictures)):
+        advice = "add --quality, or use --pictures FILE.png for the one picture that is compared"
+        _refuse(flag, value, "--quality", advice)
     import numpy as np
     from PIL import Image
 
     from sana_export.parity.judge import judge, judged_gate
-    from sana_export.parity.ladder import check_components
+    from sana_export.parity.ladder import check_components, component_bounds
     from sana_export.weights.checkpoint import open_checkpoint
     from sana_runtime.files import whole_file
     from sana_runtime.pipeline import Pipeline
@@ -118,6 +130,12 @@ def run(
     if pictures:
         with whole_file(pictures) as temporary:
             Image.fromarray(np.concatenate(result.images, axis=1)).save(temporary, format="PNG")
+    if report:
+        from sana_export.parity.report import write_report
+
+        facts = _facts(bundle, pipeline, source.source, result, seed=seed, negative_prompt=negative_prompt)
+        write_report(report, facts, result, verdict, component_bounds(result, manifest, source))
+        console.print(f"report: {report}", markup=False, soft_wrap=True)
     if verdict is not None:
         _report_gate(console, verdict, gate)
     elif gate:
@@ -125,17 +143,41 @@ def run(
         console.print("every component is within the rounding of its dtype")
 
 
-def _refuse_without_quality(flags: dict[str, Path | None]) -> None:
+def _refuse(flag: str, value: Path | None, owner: str, action: str) -> None:
     from sana_runtime.errors import InputError
 
-    for flag, value in flags.items():
-        if value is not None:
-            raise InputError(
-                f"{flag} belongs to --quality",
-                received=f"{flag} {value}",
-                expected=f"--quality with {flag}",
-                action="add --quality, or use --pictures FILE.png for the one picture that is compared",
-            )
+    if value is not None:
+        raise InputError(
+            f"{flag} belongs to {owner}",
+            received=f"{flag} {value}",
+            expected=f"{owner} with {flag}, or neither",
+            action=action,
+        )
+
+
+def _facts(
+    bundle: Path, pipeline: "Pipeline", source: str, result: "LadderResult", *, seed: int, negative_prompt: str
+) -> dict[str, str]:
+    """What was compared, by name."""
+    import torch
+
+    manifest = pipeline.manifest
+    found = {
+        "bundle": bundle,
+        "digest": manifest.digest,
+        "checkpoint": source,
+        "recipe": manifest.quantization.recipe if manifest.quantization else "",
+        "dtypes": ", ".join(f"{entry.name} {entry.dtype}" for entry in manifest.components),
+        "target": pipeline.target,
+        "device": pipeline.backend.description,
+        "reference": f"PyTorch {torch.__version__}, fp32",
+        "prompt": result.prompt,
+        "negative prompt": negative_prompt,
+        "seed": seed,
+        "steps": len(result.x0),
+        "guidance scale": f"{result.guidance_scale:g}",
+    }
+    return {name: str(value) for name, value in found.items() if value != ""}
 
 
 def _quality(bundle: Path, target: str | None, **request: Any) -> None:

@@ -36,7 +36,11 @@ def guidance_amplification(scale: float) -> float:
 
 def check(row: Parity, dtype: str, blocks: int, amplification: float = 1.0) -> None:
     """Raise `ParityError` if a component is beyond its bound times `amplification`."""
-    bound = amplification * relative_rms_bound(dtype, blocks, image=row.tensor == "image")
+    hold(row, amplification * relative_rms_bound(dtype, blocks, image=row.tensor == "image"), dtype)
+
+
+def hold(row: Parity, bound: float, dtype: str) -> None:
+    """Raise `ParityError` if a component that computes in `dtype` is beyond its bound."""
     if not row.relative_rms <= bound:
         raise ParityError(
             f"{row.stage}: the engine does not compute what PyTorch computes",
