@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sana_export.commands.options import Base, Bundle, JsonFile, Variant
+from sana_export.commands.options import Base, Bundle, JsonFile, Variant, check_files
 
 if TYPE_CHECKING:
     from sana_export.parity.ladder import LadderResult
@@ -77,6 +77,7 @@ def run(
     sana-nano, reads count, colour, shape, position, binding and background off each picture, and gives their rates.
     Prompt i is painted from seed S + i. With --json, an interrupted run goes on where it stopped.
     """
+    check_files({"--json": json_file, "--report": report, "--pictures": pictures})
     if quality:
         _refuse(
             "--report", report, "a comparison with PyTorch", "leave --quality away, or use --json FILE for its rates"

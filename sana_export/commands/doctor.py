@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sana_export.commands.options import JsonFile
+from sana_export.commands.options import JsonFile, check_files
 
 if TYPE_CHECKING:
     from sana_export.doctor import Finding
@@ -30,6 +30,7 @@ def run(
     """
     from sana_export.doctor import check_bundle, examine_machine, exit_code, worst
 
+    check_files({"--json": json})
     console = Console(highlight=False)
     findings: list[Finding] = []
     with console.status("looking at this machine"):

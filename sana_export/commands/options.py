@@ -1,5 +1,7 @@
 """Flags that several verbs share, spelled once."""
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +23,30 @@ Base = Annotated[
     ),
 ]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")]
+
+
+def check_files(files: Mapping[str, Path | None]) -> None:
+    """Raise `InputError` for a file (flag -> path) that cannot be written, before the work whose result it is to hold.
+    Folders that are missing are made when it is written.
+    """
+    for flag, path in files.items():
+        if path is None:
+            continue
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        if path.is_dir():
+            reason = "it is a directory"
+        elif not folder.is_dir():
+            reason = f"{folder} is a file"
+        elif not os.access(folder, os.W_OK):
+            reason = f"no permission to write in {folder}"
+        else:
+            continue
+        raise InputError(
+            f"{flag} {path} cannot be written",
+            received=reason,
+            expected="the name of a file in a folder that you may write to",
+            action=f"choose another {flag}",
+        )
 
 
 def picture_size(resolution: int | None, height: int | None, width: int | None, default: int) -> tuple[int, int]:

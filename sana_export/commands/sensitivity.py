@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sana_export.commands.options import Base, Bundle, Variant
+from sana_export.commands.options import Base, Bundle, Variant, check_files
 
 if TYPE_CHECKING:
     from sana_calibration.rules import Recipe
@@ -53,6 +53,7 @@ def run(
     from sana_runtime.errors import InputError
     from sana_runtime.manifest import read_manifest
 
+    check_files({"--write-recipe": write_recipe})
     manifest = read_manifest(bundle)
     if manifest.quantization is None:
         raise InputError(

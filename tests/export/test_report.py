@@ -171,3 +171,15 @@ def test_compare_writes_it_also_where_the_verdict_is_no(
 def test_it_does_not_go_with_quality(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--report belongs to a comparison with PyTorch"):
         compare(tmp_path, quality=True, report=tmp_path / "report.html")
+
+
+@pytest.mark.parametrize("flag", ["report", "json_file", "pictures"])
+@pytest.mark.parametrize(
+    ("name", "says"), [("", "it is a directory"), ("file/report.html", "file is a file")], ids=["directory", "file"]
+)
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    flag: str, name: str, says: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=says):
+        compare(tmp_path / "no bundle", **{flag: tmp_path / name})
