@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sana_export.commands.options import Base, Bundle, JsonFile, Variant
+from sana_export.commands.options import Base, Bundle, JsonFile, Variant, check_files
 
 if TYPE_CHECKING:
     from sana_export.bench.rows import Row
@@ -68,12 +68,10 @@ def run(
     )
     from sana_export.bench.subjects import Subject
     from sana_export.weights.checkpoint import open_checkpoint
-    from sana_runtime.bench import check_json
     from sana_runtime.manifest import read_manifest
 
     console = Console(highlight=False)
-    if json_file:
-        check_json(json_file)
+    check_files({"--json": json_file})
     manifest = read_manifest(bundle)
     model = manifest.model
     source = open_checkpoint(checkpoint or model.source, variant=variant or model.variant, base=base)

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from jinja2 import Environment
-from markupsafe import Markup
 from PIL import Image
 
 from sana_export.parity.ladder import LadderResult
@@ -36,7 +35,7 @@ def write_report(
     quantises; without one a component may be as far from the reference as `bounds` say, relative RMS in their order.
     """
     candidate, reference = result.images
-    passed = gate.passed if gate else all(row.relative_rms <= most for row, most in pairs(result, bounds))
+    passed = gate.passed if gate else all(row.relative_rms <= most for row, most in _pairs(result, bounds))
     page = (
         _environment()
         .from_string(_template())
@@ -65,7 +64,7 @@ def write_report(
         temporary.write_text(page, encoding="utf-8")
 
 
-def pairs(result: LadderResult, bounds: Sequence[float]) -> list[tuple[Parity, float]]:
+def _pairs(result: LadderResult, bounds: Sequence[float]) -> list[tuple[Parity, float]]:
     """Every component's distance and the most it may be."""
     return list(zip(result.components, bounds, strict=True))
 
@@ -118,11 +117,11 @@ def _of_gate(gate: GateEntry) -> list[tuple[str, str, str, bool]]:
 def _of_bounds(result: LadderResult, bounds: Sequence[float]) -> list[tuple[str, str, str, bool]]:
     return [
         (f"relative RMS of {row.stage}", f"{row.relative_rms:.2e}", f"at most {most:.2e}", row.relative_rms <= most)
-        for row, most in pairs(result, bounds)
+        for row, most in _pairs(result, bounds)
     ]
 
 
-def _charts(result: LadderResult, gate: GateEntry | None) -> dict[str, Markup]:
+def _charts(result: LadderResult, gate: GateEntry | None) -> dict[str, str]:
     """SVG drawings by what they show."""
     steps = range(1, len(result.x0) + 1)
     least = gate.min_x0_sqnr_db if gate else None
@@ -136,7 +135,7 @@ def _charts(result: LadderResult, gate: GateEntry | None) -> dict[str, Markup]:
 
 def _chart(
     steps: Sequence[int], values: Sequence[float], *, least: float | None = None, logarithmic: bool = False
-) -> Markup:
+) -> str:
     """A curve over the solver's steps; `least`: the line that it must stay above. Values without a place (infinite, or
     zero on a logarithmic axis) are left out.
     """
@@ -160,11 +159,11 @@ def _chart(
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
     text = file.getvalue()
-    return Markup(text[text.index("<svg") :])
+    return text[text.index("<svg") :]
 
 
 def _environment() -> Environment:
-    """Everything that is put into the page is escaped: prompts and names come from outside."""
+    """Everything but our own drawings is escaped: prompts and names come from outside."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["figure"] = _figure
     return environment

@@ -106,7 +106,7 @@ def _exp2(x):
 
 
 @triton.jit
-def reciprocal(x):
+def _reciprocal(x):
     """1 / x for a normal x whose reciprocal is normal, to one unit in the last place."""
     if INTERPRETED:
         result = 1.0 / x
@@ -118,7 +118,7 @@ def reciprocal(x):
 
 
 @triton.jit
-def silu_terms(x):
+def _silu_terms(x):
     """(x, 1 + exp(-x)), x not below -41: SiLU of anything less is zero beside any fp32 result, and two of the second
     have a finite product. NaN stays NaN.
     """
@@ -129,17 +129,17 @@ def silu_terms(x):
 @triton.jit
 def _silu_pair(first, second):
     """SiLU of two fp32 vectors with one reciprocal: 1/a = b/(ab)."""
-    first, a = silu_terms(first)
-    second, b = silu_terms(second)
-    both = reciprocal(a * b)
-    return first * (b * both), second * (a * both)
+    first, a = _silu_terms(first)
+    second, b = _silu_terms(second)
+    reciprocal = _reciprocal(a * b)
+    return first * (b * reciprocal), second * (a * reciprocal)
 
 
 @triton.jit
 def silu(x):
     """SiLU of an fp32 vector."""
-    x, a = silu_terms(x)
-    return x * reciprocal(a)
+    x, a = _silu_terms(x)
+    return x * _reciprocal(a)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from sana_kernels.machine import ON_CPU, UnsupportedByTriton
-from sana_kernels.mix_ffn_depthwise.triton import DTYPES, inverse_scale, launcher, narrow, reciprocal, silu_terms
+from sana_kernels.mix_ffn_depthwise.triton import DTYPES, inverse_scale, launcher, narrow, silu
 from sana_kernels.scaled_linear.triton import GROUP_M, QUANTIZED, halves, product, row_of, tile_of_program
 
 # --- Device code ---
@@ -62,8 +62,7 @@ def _finish(
         wide += row_of(bias_ptr, first_n, N, WIDTH)
     y = _rounded(wide, DTYPE)
     if SILU:
-        bounded, below = silu_terms(y)
-        y = _rounded(bounded * reciprocal(below), DTYPE)
+        y = _rounded(silu(y), DTYPE)
     kept: tl.constexpr = out_ptr.dtype.element_ty
     y = narrow(y, inverse_scale(out_scale_ptr, kept), kept)
     tl.store(out_ptr + first_m * N + first_n + m[:, None] * N + n[None, :], y, mask=inside)
