@@ -20,11 +20,12 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from sana_calibration.aggregate import component_scales
+from sana_calibration.gptq import gptq
 from sana_calibration.layers import layers_of, resolve
-from sana_calibration.observers import Observation, Observers, observing
+from sana_calibration.observers import Observation, Observers, gathering, observing
 from sana_calibration.prompts import prompts_digest
-from sana_calibration.rules import LayerRule, Recipe
-from sana_calibration.scales import Provenance, Scales
+from sana_calibration.rules import BaseDtype, LayerRule, Recipe
+from sana_calibration.scales import LayerScales, Provenance, Scales
 from sana_export.components import ComponentPlan, loaded_module, parameters_on_meta, plan_components
 from sana_export.prompting import scheduler_entry, tokenizer_entry
 from sana_export.weights.checkpoint import Checkpoint
@@ -88,19 +89,18 @@ def calibrate(
     )
     folder = work_folder / _fingerprint(provenance, device, precision)
     progress = _Progress(on_progress, run, _needed_components(rules))
-    observed: dict[ComponentName, dict[str, Observation]] = {}
-    for name in progress.components:
-        observed[name] = _observe_component(run, name, rules[name], folder, progress)
+    found: dict[ComponentName, dict[str, LayerScales]] = {}
+    for name in COMPONENTS:
+        seen: dict[str, Observation] = {}
+        if name in progress.components:
+            seen = _observe_component(run, name, rules[name], folder, progress)
+        weight = stored_weights(checkpoint, name)
+        found[name] = component_scales(rules[name], seen, weight, recipe.base_dtype)
+        for layer in [layer for layer, rule in rules[name].items() if rule.rounding == "gptq"]:
+            on_progress(progress.fraction, f"rounding {name}, {layer}")
+            found[name][layer] = _rounded(folder, name, layer, rules[name][layer], weight, recipe.base_dtype, device)
     on_progress(1.0, "calibrated")
-    return Scales(
-        {
-            name: component_scales(
-                rules[name], observed.get(name, {}), stored_weights(checkpoint, name), recipe.base_dtype
-            )
-            for name in COMPONENTS
-        },
-        provenance,
-    )
+    return Scales(found, provenance)
 
 
 def sampling_of(checkpoint: Checkpoint) -> str:
@@ -265,6 +265,11 @@ class _Progress:
         self._total = sum(len(run.items(name)) * self._weights[name] for name in components)
         self._done = 0
 
+    @property
+    def fraction(self) -> float:
+        """Of all passes, 1 where there are none."""
+        return self._done / self._total if self._total else 1.0
+
     def passed(self, component: ComponentName) -> None:
         """A prompt is through a component."""
         self._done += self._weights[component]
@@ -275,12 +280,8 @@ class _Progress:
 
 
 def _needed_components(rules: Mapping[ComponentName, Mapping[str, LayerRule]]) -> tuple[ComponentName, ...]:
-    """The components up to the last one with activations to observe: none for a weight-only recipe."""
-    observed = [
-        index
-        for index, name in enumerate(COMPONENTS)
-        if any(rule.activation_dtype is not None for rule in rules[name].values())
-    ]
+    """The components up to the last one with inputs to observe."""
+    observed = [index for index, name in enumerate(COMPONENTS) if any(rule.calibrated for rule in rules[name].values())]
     return COMPONENTS[: observed[-1] + 1] if observed else ()
 
 
@@ -295,9 +296,15 @@ def _observe_component(
     if missing:
         progress.at(f"loading {name}")
         num_steps = run.num_steps if name == "transformer" else 1
-        with run.module(name) as module, observing(module, run.plans[name].prefix, rules, num_steps) as observers:
+        prefix = run.plans[name].prefix
+        with (
+            run.module(name) as module,
+            observing(module, prefix, rules, num_steps) as observers,
+            gathering(module, prefix, rules) as grams,
+        ):
             for index in missing:
                 result = _run_prompt(run, name, module, observers, folder, index, progress)
+                _add_grams(_grams_file(folder, name), index, grams)
                 _write(_file(folder, name, index), result, observers.take())
                 progress.passed(name)
     merged: dict[str, Observation] = {}
@@ -367,6 +374,48 @@ def _write(path: Path, result: Arrays, observations: Mapping[str, Observation]) 
     with whole_file(path) as temporary:
         # A file without tensors is legal, but this marks it as written by us.
         save_file({**result, **observed, "done": np.ones(1, np.uint8)}, temporary)
+
+
+def _grams_file(folder: Path, component: ComponentName) -> Path:
+    return folder / component / "grams.safetensors"
+
+
+def _add_grams(path: Path, index: int, grams: Mapping[str, torch.Tensor]) -> None:
+    """Add what one prompt gave, and clear it. A prompt that is in the file already was cut off before its own file was
+    written, and is not added twice.
+    """
+    if not grams:
+        return
+    arrays = _read(path) or {}
+    added = arrays.get("prompts", np.empty(0, np.int64))
+    for layer, gram in grams.items():
+        if index not in added:
+            arrays[layer] = gram.cpu().numpy() + arrays.get(layer, np.float32(0))
+        gram.zero_()
+    with whole_file(path) as temporary:
+        save_file({**arrays, "prompts": np.union1d(added, [index])}, temporary)
+
+
+def _rounded(
+    folder: Path,
+    component: ComponentName,
+    layer: str,
+    rule: LayerRule,
+    weight: Callable[[str], torch.Tensor],
+    base_dtype: BaseDtype,
+    device: str,
+) -> LayerScales:
+    """The codes of a layer's weight, kept in `folder` as soon as they are found."""
+    path = folder / component / "rounded" / f"{layer}.safetensors"
+    kept = _read(path)
+    if kept is None:
+        dtype = getattr(torch, base_dtype)
+        gram = torch.from_numpy(_needed(_grams_file(folder, component))[layer]).to(device)
+        found = gptq(weight(layer).to(device, dtype).float(), gram, rule, dtype)
+        kept = {"codes": found.values.cpu().numpy(), "scale": found.scale.cpu().numpy()}
+        with whole_file(path) as temporary:
+            save_file(kept, temporary)
+    return LayerScales(None, weight_codes=kept["codes"], weight_scale=kept["scale"])
 
 
 def _read(path: Path) -> Arrays | None:

@@ -48,8 +48,8 @@ class QuantizedBuild:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether any layer's activations are quantised."""
-        return any(rule.activation_dtype for rules in self.rules.values() for rule in rules.values())
+        """Whether any layer's inputs must be seen."""
+        return any(rule.calibrated for rules in self.rules.values() for rule in rules.values())
 
     def quantization(self, component: ComponentName, scales: Scales | None) -> Quantization:
         """What the graph pass needs for one component."""
@@ -215,7 +215,7 @@ def component_report(
 
 def _calibrated(rule: LayerRule, scales: LayerScales | None) -> dict[str, Any]:
     """What calibration chose for a layer, and where it searched for alpha, what each candidate would have cost."""
-    row: dict[str, Any] = {"activation_amax": scales.activation_amax if scales else None}
+    row: dict[str, Any] = {"activation_amax": scales.activation_amax if scales else None, "rounding": rule.rounding}
     if scales and scales.alpha_errors is not None:
         labels = ["none", *(f"{alpha:g}" for alpha in rule.smoothing_candidates or ALPHAS)]
         errors = dict(zip(labels, (float(f"{error:.4g}") for error in scales.alpha_errors), strict=True))

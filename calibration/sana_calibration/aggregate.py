@@ -20,7 +20,9 @@ def component_scales(
     weight: Callable[[str], torch.Tensor],
     base_dtype: BaseDtype = "bfloat16",
 ) -> dict[str, LayerScales]:
-    """The scales of every ruled layer; a weight-only layer has empty ones. `weight` gives a layer's weight."""
+    """The scales of every ruled layer; a weight-only layer has empty ones. `weight` gives a layer's weight. Rounding is
+    not chosen here.
+    """
     return {
         name: LayerScales(None)
         if rule.activation_dtype is None

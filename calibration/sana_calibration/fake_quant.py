@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from sana_calibration.layers import weight_of
-from sana_calibration.quantize import activation_scale, fake_quantize, quantize_weight
+from sana_calibration.quantize import activation_scale, calibrated_weight, fake_quantize, quantize_weight
 from sana_calibration.rules import LayerRule, PerTensor
 from sana_calibration.scales import LayerScales
 from sana_runtime.errors import InputError
@@ -65,13 +65,16 @@ def _set_weight(layer: nn.Module, data: torch.Tensor) -> None:
 def _fake_quantize_weight_(weight: torch.Tensor, rule: LayerRule, scales: LayerScales) -> None:
     """In place, a few rows at a time where no scale spans them: of Gemma-2's table alone a copy is 2.2 GiB."""
     rows = weight.shape[0]
-    if not isinstance(rule.granularity, PerTensor):
+    if scales.weight_codes is None and not isinstance(rule.granularity, PerTensor):
         rows = max(1, _CHUNK // max(1, weight[0].numel()))
     for part in weight.split(rows):
         part.copy_(_fake_weight(part, rule, scales))
 
 
 def _fake_weight(weight: torch.Tensor, rule: LayerRule, scales: LayerScales) -> torch.Tensor:
+    if scales.weight_codes is not None:
+        assert scales.weight_scale is not None
+        return calibrated_weight(scales.weight_codes, scales.weight_scale).dequantized().to(weight)
     factor = scales.smooth_factor
     if factor is not None:  # in the dtype the activation is divided in, as in the graph
         factor = torch.from_numpy(factor).to(weight.dtype).float().numpy()
@@ -97,9 +100,16 @@ class _ActivationHook:
 
 
 def _scales_of(name: str, rule: LayerRule, scales: Mapping[str, LayerScales]) -> LayerScales:
-    if rule.activation_dtype is None:
-        return scales.get(name, LayerScales(None))
     found = scales.get(name)
+    if rule.rounding == "gptq" and (found is None or found.weight_codes is None):
+        raise InputError(
+            f"layer '{name}' has no rounded weight",
+            received="no codes for it in the calibration",
+            expected="codes, because the recipe rounds its weight by what calibration saw",
+            action="calibrate again with this recipe",
+        )
+    if rule.activation_dtype is None:
+        return found or LayerScales(None)
     if found is None or found.activation_amax is None:
         raise InputError(
             f"layer '{name}' has no activation scale",

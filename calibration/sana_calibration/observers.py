@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sana_calibration.histogram import Histogram
+from sana_calibration.layers import weight_of
 from sana_calibration.rules import LayerRule
 from sana_runtime.errors import InputError
 
@@ -135,6 +136,37 @@ class Observers:
     def take(self) -> dict[str, Observation]:
         """What every layer has seen since the last call."""
         return {name: observer.take() for name, observer in self._observers.items()}
+
+
+@contextmanager
+def gathering(module: nn.Module, prefix: str, rules: Mapping[str, LayerRule]) -> Iterator[Mapping[str, torch.Tensor]]:
+    """The Gram matrices [I, I], fp32, of the inputs of the layers below `prefix` whose rounding is calibrated: sums
+    over all rows that pass until they are cleared.
+    """
+    grams: dict[str, torch.Tensor] = {}
+    handles = []
+    for name, rule in rules.items():
+        if rule.rounding == "gptq":
+            layer = module.get_submodule(prefix + name)
+            weight = weight_of(layer)
+            grams[name] = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
+            handles.append(layer.register_forward_pre_hook(_Gatherer(grams[name])))
+    try:
+        yield grams
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Gatherer:
+    """Adds x^T x of a layer's input."""
+
+    def __init__(self, gram: torch.Tensor) -> None:
+        self._gram = gram
+
+    def __call__(self, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        rows = inputs[0].detach().flatten(0, -2).float()
+        self._gram.addmm_(rows.T, rows)
 
 
 @contextmanager

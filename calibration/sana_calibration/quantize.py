@@ -59,6 +59,11 @@ def quantize_weight(
     return QuantizedWeight(quantize(wide, _spread(scale, wide), rule.weight_dtype), scale)
 
 
+def calibrated_weight(codes: np.ndarray, scale: np.ndarray) -> QuantizedWeight:
+    """A weight whose rounding calibration chose: int8 codes [O, I], -8..7, and fp32 scales [O, groups]."""
+    return QuantizedWeight(torch.from_numpy(codes), torch.from_numpy(scale))
+
+
 def activation_scale(amax: float, dtype: StoredDtype) -> float:
     """The scale of an activation whose largest absolute value is `amax`; 1 if nothing but zeros was seen."""
     if not isfinite(amax) or amax < 0:
@@ -102,6 +107,13 @@ def _weight_scale(weight: torch.Tensor, rule: LayerRule, scale_dtype: torch.dtyp
 
 def _rounded_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return scale.clamp(min=torch.finfo(dtype).tiny).to(dtype).float()
+
+
+def group_scale(weight: torch.Tensor, scale_dtype: torch.dtype) -> torch.Tensor:
+    """The scale [O, 1] that suits one group of INT4 weights, fp32 [O, size], best."""
+    amax = weight.abs().amax(dim=1, keepdim=True)
+    scale = _rounded_scale(amax / BOUNDS["int4"][0], scale_dtype)
+    return _quantized_groups(weight, torch.where(amax == 0, torch.ones_like(scale), scale), scale_dtype).scale
 
 
 def _quantized_groups(weight: torch.Tensor, whole: torch.Tensor, scale_dtype: torch.dtype) -> QuantizedWeight:

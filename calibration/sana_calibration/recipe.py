@@ -56,6 +56,7 @@ class _RuleRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     percentile: float = 99.99
     smoothing_alpha: float | Literal["search"] | None = None
     smoothing_candidates: tuple[float, ...] = ()
+    rounding: str = "nearest"
 
 
 class _ExclusionRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -160,6 +161,7 @@ def _row(rule: LayerRule) -> _RuleRow:
         rule.percentile,
         rule.smoothing_alpha,
         rule.smoothing_candidates,
+        rule.rounding,
     )
 
 

@@ -14,6 +14,7 @@ from sana_runtime.errors import InputError
 StoredDtype = Literal["float8e4m3fn", "int8", "int4"]
 BaseDtype = Literal["float32", "bfloat16", "float16"]
 AmaxRule = Literal["max", "percentile", "entropy"]
+Rounding = Literal["nearest", "gptq"]
 # A search tries these unless the recipe names others.
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -54,7 +55,8 @@ class LayerRule:
     `activation_dtype` None stores the weight in `weight_dtype` and computes in the base dtype. `amax` chooses the
     activation's scale from what calibration saw; `percentile` is used by that choice alone. `smoothing_alpha` moves
     the activation's outlier channels into the weight (SmoothQuant), 0 <= alpha <= 1; "search" chooses for every layer
-    among `smoothing_candidates` (none: `ALPHAS`) and no smoothing.
+    among `smoothing_candidates` (none: `ALPHAS`) and no smoothing. `rounding`: of the weight, each number by itself, or
+    so that the errors of a row cancel on the inputs that calibration saw (GPTQ).
     """
 
     component: ComponentName
@@ -66,12 +68,19 @@ class LayerRule:
     percentile: float = 99.99
     smoothing_alpha: float | Literal["search"] | None = None
     smoothing_candidates: tuple[float, ...] = ()
+    rounding: Rounding = "nearest"
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration must see the layer's inputs."""
+        return self.activation_dtype is not None or self.rounding != "nearest"
 
     def __post_init__(self) -> None:
         _check_choice(self, "component", self.component, COMPONENTS)
         _check_choice(self, "weight_dtype", self.weight_dtype, get_args(StoredDtype))
         _check_choice(self, "activation_dtype", self.activation_dtype, (None, "float8e4m3fn", "int8"))
         _check_choice(self, "amax", self.amax, get_args(AmaxRule))
+        _check_choice(self, "rounding", self.rounding, get_args(Rounding))
         for field, value, rule, holds in self._conditions():
             if not holds:
                 raise _wrong_value(self, field, value, rule)
@@ -93,6 +102,10 @@ class LayerRule:
         candidates, searched = self.smoothing_candidates, alpha == "search"
         yield "smoothing_candidates", candidates, "numbers from 0 to 1", all(0 <= value <= 1 for value in candidates)
         yield "smoothing_candidates", candidates, "each number once", len(set(candidates)) == len(candidates)
+        if self.rounding == "gptq":
+            yield "rounding", "gptq", "nearest, or weight_dtype int4 with gptq", self.weight_dtype == "int4"
+            # A square of its inputs for each layer: Gemma-2's MLPs would need 9 GB.
+            yield "rounding", "gptq", "nearest, or component transformer with gptq", self.component == "transformer"
         if alpha is not None:
             in_range = searched or (not isinstance(alpha, str) and 0 <= alpha <= 1)
             yield "smoothing_alpha", alpha, "a number from 0 to 1, or search", in_range
@@ -180,10 +193,14 @@ def rules_digest(rules: Mapping[str, LayerRule]) -> str:
 
 
 def _content(rule: LayerRule) -> dict[str, object]:
-    """A rule as it enters the digest; candidates only where there are any, as before there were candidates."""
+    """A rule as it enters the digest; candidates and rounding only where they are not what they were before they were
+    fields.
+    """
     content = {**asdict(rule), "granularity": str(rule.granularity)}
     if not rule.smoothing_candidates:
         del content["smoothing_candidates"]
+    if rule.rounding == "nearest":
+        del content["rounding"]
     return content
 
 

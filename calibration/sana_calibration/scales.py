@@ -24,6 +24,7 @@ class LayerScales:
     weight's columns are multiplied; `activation_amax` is that of the divided activation. `step_amax` [num_steps]
     fp32: the largest absolute value per solver step before smoothing. Where alpha was searched: `smoothing_alpha` is
     the one taken (None: no smoothing), `alpha_errors` fp32 the relative RMS without smoothing, then of each candidate.
+    A weight whose rounding was calibrated: `weight_codes` int8 [O, I], -8..7, with `weight_scale` fp32 [O, groups].
     """
 
     activation_amax: float | None
@@ -31,9 +32,13 @@ class LayerScales:
     step_amax: np.ndarray | None = None
     smoothing_alpha: float | None = None
     alpha_errors: np.ndarray | None = None
+    weight_codes: np.ndarray | None = None
+    weight_scale: np.ndarray | None = None
 
 
-_FIELDS = ("activation_amax", "smooth_factor", "step_amax", "smoothing_alpha", "alpha_errors")
+_FIELDS = ("activation_amax", "smooth_factor", "step_amax", "smoothing_alpha", "alpha_errors", "weight_scale")
+# Two to a byte in the file.
+_CODES = "weight_codes"
 
 
 class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -129,14 +134,15 @@ def _content_digest(described: object, tensors: Mapping[str, np.ndarray]) -> str
     digest = hashlib.sha256(msgspec.json.encode(described, order="sorted"))
     for name in sorted(tensors):
         digest.update(f"{name}{tensors[name].shape}".encode())
-        digest.update(np.ascontiguousarray(tensors[name], dtype="<f4").tobytes())
+        kind = "<f4" if tensors[name].dtype == np.float32 else "u1"
+        digest.update(np.ascontiguousarray(tensors[name], dtype=kind).tobytes())
     return digest.hexdigest()
 
 
 def _tensors(
     layers_of: Mapping[ComponentName, Mapping[str, LayerScales]],
 ) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
-    """fp32 arrays named component/layer/what, and the layer names, which weight-only layers appear in alone."""
+    """fp32 arrays named component/layer/what, codes in pairs, and the layer names, in which others appear alone."""
     tensors: dict[str, np.ndarray] = {}
     for component, layers in layers_of.items():
         for layer, found in layers.items():
@@ -144,6 +150,9 @@ def _tensors(
                 value = getattr(found, what)
                 if value is not None:
                     tensors[f"{component}/{layer}/{what}"] = np.atleast_1d(np.asarray(value, np.float32))
+            if found.weight_codes is not None:
+                pairs = found.weight_codes.view(np.uint8) & 15
+                tensors[f"{component}/{layer}/{_CODES}"] = pairs[:, ::2] | pairs[:, 1::2] << 4
     return tensors, {component: sorted(layers) for component, layers in sorted(layers_of.items())}
 
 
@@ -175,6 +184,10 @@ def _layer(tensors: Mapping[str, np.ndarray], name: str) -> LayerScales:
     found: dict[str, Any] = {what: tensors.get(f"{name}/{what}") for what in _FIELDS}
     for number in ("activation_amax", "smoothing_alpha"):
         found[number] = None if found[number] is None else float(found[number][0])
+    pairs = tensors.get(f"{name}/{_CODES}")
+    if pairs is not None:
+        nibbles = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(len(pairs), -1)
+        found[_CODES] = (nibbles ^ 8).view(np.int8) - np.int8(8)
     return LayerScales(**found)
 
 

@@ -87,7 +87,7 @@ def run(
 
 
 def _scales(bundle: Path, entry: "QuantizationEntry", checkpoint: "Checkpoint", recipe: "Recipe") -> "Scales":
-    """The bundle's calibration; empty for a weight-only recipe, which has none."""
+    """The bundle's calibration; empty where the recipe needs none."""
     from sana_calibration.scales import Provenance, Scales
     from sana_export.calibration_run import sampling_of
     from sana_runtime.contract import COMPONENTS

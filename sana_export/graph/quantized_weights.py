@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from sana_calibration.quantize import quantize_weight
+from sana_calibration.quantize import QuantizedWeight, quantize_weight
 from sana_calibration.recipe import Granularity, LayerRule, PerChannel, PerGroup, PerTensor, StoredDtype
 
 ONNX_TYPE: dict[StoredDtype, ir.DataType] = {
@@ -62,13 +62,15 @@ def scale_layout(shape: tuple[int, ...], granularity: Granularity, *, transposed
 class QuantizedInitializers:
     """The two initializers of one weight. `source` is the weight as the graph stores it, [in, out] if `transposed`.
 
-    `smooth_factor` [in] fp32 multiplies the weight's columns. The scale has the dtype of `source`.
+    `smooth_factor` [in] fp32 multiplies the weight's columns. `rounded` is the weight where calibration chose how to
+    round it. The scale has the dtype of `source`.
     """
 
     source: ir.TensorProtocol
     rule: LayerRule
     smooth_factor: np.ndarray | None
     transposed: bool
+    rounded: QuantizedWeight | None = None
     _scale: np.ndarray | None = field(default=None, init=False)
 
     @property
@@ -95,10 +97,13 @@ class QuantizedInitializers:
 
     def _quantize(self) -> tuple[np.ndarray, np.ndarray]:
         assert self.source.dtype is not None
+        scale_dtype = _TORCH_TYPE[self.source.dtype]
+        if self.rounded is not None:
+            self._scale = self._stored_scale(self.rounded.scale.to(scale_dtype))
+            return self._stored_values(self.rounded.values), self._scale
         weight = _as_torch(self.source)
         if self.transposed:
             weight = weight.T  # [out, in], as rules and calibration have it
-        scale_dtype = _TORCH_TYPE[self.source.dtype]
         parts = [
             quantize_weight(rows, self.rule, self.smooth_factor, scale_dtype)
             for rows in weight.split(_rows_at_once(weight, self.rule.granularity))

@@ -20,7 +20,7 @@ from math import isfinite, prod
 import numpy as np
 import onnx_ir as ir
 
-from sana_calibration.quantize import activation_scale
+from sana_calibration.quantize import activation_scale, calibrated_weight
 from sana_calibration.recipe import LayerRule, PerGroup, StoredDtype
 from sana_calibration.scales import LayerScales
 from sana_export.graph.quantized_weights import (
@@ -351,7 +351,9 @@ class _Rewriter:
         source = site.weight.const_value
         assert source is not None
         wide = None if factor is None else factor.astype(np.float32)
-        initializers = QuantizedInitializers(source, site.rule, wide, site.transposed)
+        codes, scale_of_codes = site.scales.weight_codes, site.scales.weight_scale
+        rounded = None if codes is None or scale_of_codes is None else calibrated_weight(codes, scale_of_codes)
+        initializers = QuantizedInitializers(source, site.rule, wide, site.transposed, rounded)
         name = site.weight.name
         assert name is not None
         site.weight.const_value = initializers.values(name)
