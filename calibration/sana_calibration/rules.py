@@ -106,6 +106,8 @@ class LayerRule:
             yield "rounding", "gptq", "nearest, or weight_dtype int4 with gptq", self.weight_dtype == "int4"
             # A square of its inputs for each layer: Gemma-2's MLPs would need 9 GB.
             yield "rounding", "gptq", "nearest, or component transformer with gptq", self.component == "transformer"
+            even = isinstance(group, PerGroup) and group.size % 2 == 0
+            yield "granularity", group, "groups of an even size with gptq, whose codes are kept in pairs", even
         if alpha is not None:
             in_range = searched or (not isinstance(alpha, str) and 0 <= alpha <= 1)
             yield "smoothing_alpha", alpha, "a number from 0 to 1, or search", in_range

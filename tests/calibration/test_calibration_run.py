@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from sana_calibration.gptq import gptq
 from sana_calibration.observers import observing
+from sana_calibration.quantize import quantize_weight
 from sana_calibration.recipe import LayerRule, PerTensor, Recipe, load_recipe
+from sana_calibration.rules import Exclusion
 from sana_calibration.scales import Scales
 from sana_export.calibration_run import NEGATIVE, DenoisingRun, calibrate, rules_of
 from sana_export.weights.architecture import ReferenceComponent
@@ -94,6 +97,65 @@ def test_interrupted_search_resumes_to_the_same_digest(tmp_path: Path) -> None:
     whole = run(tmp_path / "b", searching())
     assert redone[-1] == whole.digest
     assert run(tmp_path / "c", searching((0.5, 0.75))).digest != whole.digest
+
+
+def rounding() -> Recipe:
+    """The INT4 recipe, whose rounding is calibrated, for one block of the transformer."""
+    recipe = load_recipe("int4-weight-only")
+    return replace(recipe, exclusions=(*recipe.exclusions, Exclusion("transformer", "blocks.1.*", "to have less")))
+
+
+@pytest.mark.parametrize(
+    "moment",
+    ["transformer, prompt 2 of 3, step 3", "rounding transformer, blocks.0.linear_attention.to_out"],
+)
+def test_interrupted_rounding_resumes_to_the_same_digest(moment: str, tmp_path: Path) -> None:
+    redone = interrupt_and_resume(tmp_path / "a", rounding(), moment)
+    assert redone[-1] == run(tmp_path / "b", rounding()).digest
+    assert not any(text.startswith("transformer, prompt 1") for text in redone)
+
+
+def test_a_prompt_cut_off_behind_its_sums_is_not_added_twice(tmp_path: Path) -> None:
+    """As a kill between two files leaves it: what the prompt saw is in the sums, its own file is not there."""
+    whole = run(tmp_path, rounding())
+    (prompt,) = tmp_path.glob("*/transformer/0001.safetensors")
+    prompt.unlink()
+    for rounded in tmp_path.glob("*/transformer/rounded/*"):
+        rounded.unlink()
+    assert run(tmp_path, rounding()).digest == whole.digest
+
+
+def test_codes_are_those_for_what_the_layer_saw(tmp_path: Path) -> None:
+    """Of every step, both halves of guidance and all prompts."""
+    checkpoint, recipe = open_checkpoint("random:tiny"), rounding()
+    found = run(tmp_path / "a", recipe).component("transformer")
+    denoising = DenoisingRun(checkpoint, PROMPTS, 3, 4, 96, 160, tmp_path / "b")
+    plan = denoising.plans["transformer"]
+    rules = rules_of(recipe, plan)
+    assert {*found} == {*rules}
+    rounded = {name: rule for name, rule in rules.items() if rule.rounding == "gptq"}
+    assert {name for name, scales in found.items() if scales.weight_codes is not None} == {*rounded}
+    with denoising.module("text_encoder") as encoder:
+        captions = {index: denoising.caption(encoder, index) for index in (NEGATIVE, *range(len(PROMPTS)))}
+    rows: dict[str, list[torch.Tensor]] = {name: [] for name in rounded}
+    with denoising.module("transformer") as module:
+        for name in rounded:
+            module.get_submodule(plan.prefix + name).register_forward_pre_hook(
+                lambda _, given, name=name: rows[name].append(given[0].flatten(0, -2).double())
+            )
+        for index in range(len(PROMPTS)):
+            for _ in denoising.denoise(module, denoising.caption_batch(captions, index), index):
+                pass
+        for name, rule in rounded.items():
+            x = torch.cat(rows[name])
+            # As the graph stores it.
+            weight = module.get_submodule(plan.prefix + name).weight.detach().bfloat16().float()
+            exact = gptq(weight, (x.T @ x).float(), rule, torch.bfloat16)
+            codes = found[name].weight_codes
+            assert codes is not None
+            # Sums in fp32 and in another order can move a weight over a rounding boundary, and others with it.
+            assert (codes != exact.values.numpy()).mean() < 0.01
+            assert (codes != quantize_weight(weight, rule, scale_dtype=torch.bfloat16).values.numpy()).mean() > 0.05
 
 
 def test_a_search_keeps_what_it_found_in_the_cache(scales: Scales, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 from sana_calibration import fake_quant
 from sana_calibration.fake_quant import fake_quantize_in_place, fake_quantized
 from sana_calibration.quantize import activation_scale, fake_quantize, quantize_weight
-from sana_calibration.recipe import Granularity, LayerRule, PerChannel, PerTensor
+from sana_calibration.recipe import Granularity, LayerRule, PerChannel, PerGroup, PerTensor
 from sana_calibration.scales import LayerScales
 from sana_export.peak_memory import PeakMemory
 from sana_runtime.errors import InputError
@@ -108,6 +108,32 @@ def test_missing_scale_is_an_error_and_changes_nothing(scales: dict[str, LayerSc
     with (
         pytest.raises(InputError, match="layer '0' has no activation scale"),
         fake_quantized(module, "", {"2": rule(active=False), "0": rule()}, scales),
+    ):
+        pass
+    assert torch.equal(module(X), plain)
+
+
+ROUNDED = LayerRule("transformer", "*", "int4", None, PerGroup(16), rounding="gptq")
+
+
+def test_a_weight_that_calibration_rounded_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where other weights are quantised a few rows at a time."""
+    monkeypatch.setattr(fake_quant, "_CHUNK", 100)
+    generator = np.random.default_rng(0)
+    codes = generator.integers(-8, 8, (24, 16), np.int8)
+    scale = generator.uniform(0.1, 1, (24, 1)).astype(np.float32)
+    module = network()
+    with fake_quantized(module, "", {"0": ROUNDED}, {"0": LayerScales(None, weight_codes=codes, weight_scale=scale)}):
+        np.testing.assert_array_equal(module[0].weight.numpy(), codes * scale)
+
+
+@pytest.mark.parametrize("scales", [{}, {"0": LayerScales(None)}], ids=["no layer", "no codes"])
+def test_missing_codes_are_an_error_and_change_nothing(scales: dict[str, LayerScales]) -> None:
+    module = network()
+    plain = module(X)
+    with (
+        pytest.raises(InputError, match="layer '0' has no rounded weight"),
+        fake_quantized(module, "", {"0": ROUNDED}, scales),
     ):
         pass
     assert torch.equal(module(X), plain)

@@ -96,5 +96,7 @@ def test_rules_say_what_can_be_rounded_so() -> None:
         LayerRule("transformer", "x", "int8", None, PerChannel(), rounding="gptq")
     with pytest.raises(InputError, match="component transformer with gptq"):
         LayerRule("text_encoder", "x", "int4", None, PerGroup(16), rounding="gptq")
+    with pytest.raises(InputError, match="an even size"):
+        LayerRule("transformer", "x", "int4", None, PerGroup(17), rounding="gptq")
     with pytest.raises(InputError, match="nearest or gptq"):
         LayerRule("transformer", "x", "int4", None, PerGroup(16), rounding="up")  # type: ignore[arg-type]

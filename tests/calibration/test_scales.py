@@ -45,6 +45,28 @@ def test_cache_survives_its_file(tmp_path: Path) -> None:
     assert [*tmp_path.iterdir()] == [path]
 
 
+def with_codes(last: int = 7) -> Scales:
+    codes = np.array([[-8, -1, 0, 7], [3, -5, 1, last]], np.int8)
+    return Scales({"transformer": {"x": LayerScales(None, weight_codes=codes, weight_scale=SCALE)}}, PROVENANCE)
+
+
+SCALE = np.array([[0.5, 2], [1, 0.25]], np.float32)
+
+
+def test_codes_survive_the_file_and_count_in_the_digest(tmp_path: Path) -> None:
+    path = tmp_path / "scales.safetensors"
+    with_codes().save(path)
+    read = Scales.load(path, weights=WEIGHTS, recipe=RECIPE, sampling=SAMPLING)
+    layer, written = read.component("transformer")["x"], with_codes().component("transformer")["x"]
+    assert layer.weight_codes is not None
+    assert layer.weight_codes.dtype == np.int8
+    np.testing.assert_array_equal(layer.weight_codes, written.weight_codes)
+    np.testing.assert_array_equal(layer.weight_scale, SCALE)
+    assert layer.activation_amax is None
+    assert read.digest == with_codes().digest != with_codes(6).digest
+    assert with_codes().component_digest("transformer") != with_codes(6).component_digest("transformer")
+
+
 def test_digest_covers_values_and_provenance_not_order() -> None:
     layers = scales().layers["transformer"]
     backwards = Scales({"text_encoder": {}, "transformer": dict(reversed(layers.items()))}, PROVENANCE)

@@ -793,6 +793,23 @@ def test_stored_weight_and_scale_stand_for_the_weight(
     assert report.layers[0].stored_bytes == sum(ir.from_proto(tensors[name]).nbytes for name in dequantize.input)
 
 
+@pytest.mark.parametrize("op", ["MatMul", "Gemm"])
+@pytest.mark.parametrize("dtype", [None, BF16], ids=["fp32", "bf16"])
+def test_a_weight_that_calibration_rounded_is_stored_as_it_is(op: str, dtype: ir.DataType | None) -> None:
+    shape = (32, 48) if op == "MatMul" else (48, 32)
+    model = toy(op, shape, (5, 32), **({} if op == "MatMul" else {"transB": 1}), **({"dtype": dtype} if dtype else {}))
+    generator = np.random.default_rng(0)
+    codes = generator.integers(-8, 8, (48, 32), np.int8)
+    scale = generator.uniform(0.1, 1, (48, 2)).astype(ml_dtypes.bfloat16).astype(np.float32)
+    by = replace(rule("int4", None, PerGroup(16)), component="transformer", rounding="gptq")
+    quantize_toy(model, by, LayerScales(None, weight_codes=codes, weight_scale=scale))
+    stored = {name: value.const_value.numpy() for name, value in model.graph.initializers.items()}
+    values, scales = stored["net.layer.weight"], stored["net.layer.weight_scale"]
+    wanted = (codes.T, scale.T) if op == "MatMul" else (codes, scale)
+    np.testing.assert_array_equal(values.astype(np.int8), wanted[0])
+    np.testing.assert_array_equal(scales.astype(np.float32), wanted[1])
+
+
 def test_chunks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def stored(chunk: int, by: LayerRule, op: str, shape: tuple[int, int]) -> list[bytes]:
         monkeypatch.setattr(quantized_weights, "_CHUNK", chunk)
