@@ -23,14 +23,14 @@ _MAX_SIDE = 4096
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """How activations are observed: prompts (None: the model's own, else the shipped list), how many of them, solver
-    steps, seed, and the longest side in pixels of the pictures that are painted for it. `cache` is a finished
-    calibration to use instead.
+    """How activations are observed: prompts (None: the model's own, else the shipped list), how many of them (None: as
+    many as the recipe needs), solver steps, seed, and the longest side in pixels of the pictures that are painted for
+    it. `cache` is a finished calibration to use instead.
     """
 
     prompts: Path | None = None
-    # A channel that no prompt excites is clipped; the steps also are the gate's.
-    num_prompts: int = 8
+    num_prompts: int | None = None
+    # Also the gate's.
     num_steps: int = 8
     seed: int = 0
     side: int = 512
@@ -39,7 +39,7 @@ class CalibrationSettings:
     def __post_init__(self) -> None:
         for field in ("num_prompts", "num_steps", "side"):
             value = getattr(self, field)
-            if value < 1:
+            if value is not None and value < 1:
                 raise InputError(
                     f"calibration: {field} is out of range",
                     received=value,

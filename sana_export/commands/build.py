@@ -70,7 +70,13 @@ def run(
             "else shipped ones.",
         ),
     ] = None,
-    calibration_prompts: Annotated[int, typer.Option(metavar="N", help="How many of the prompts are painted.")] = 8,
+    calibration_prompts: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="How many of the prompts are painted. Default: 8, or 24 where the recipe's rounding is calibrated.",
+        ),
+    ] = None,
     calibration_steps: Annotated[int, typer.Option(metavar="N", help="Solver steps per prompt.")] = 8,
     calibration_side: Annotated[
         int, typer.Option(metavar="PX", help="Longest side of the pictures painted for calibration and gate.")

@@ -19,10 +19,11 @@ from sana_export.build import build
 from sana_export.build_request import BuildRequest, CalibrationSettings
 from sana_export.bundle import read_build_record
 from sana_export.cli import app
+from sana_export.components import plan_components
 from sana_export.parity.judge import judge, judged_gate
 from sana_export.parity.ladder import LadderResult
 from sana_export.parity.metrics import Parity
-from sana_export.quantize import QuantizedBuild, calibration_device, gate_entry
+from sana_export.quantize import QuantizedBuild, calibration_device, gate_entry, prepare
 from sana_export.weights.checkpoint import CALIBRATION_PROMPTS, SAMPLING, open_checkpoint
 from sana_runtime.errors import InputError, SanaError, TargetError
 from sana_runtime.manifest import Manifest, read_manifest, verify_files
@@ -286,6 +287,16 @@ def test_wrong_use(fp8: BuildRequest, tmp_path: Path, change: dict, error: type[
     with pytest.raises(error, match="(?s)" + message):
         build(replace(fp8, output=tmp_path / "wrong", **change), Recorder())
     assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.parametrize(("precision", "painted"), [("fp8", 8), ("int4-weight-only", 24)])
+def test_a_weight_that_is_rounded_for_its_inputs_sees_more_pictures(precision: str, painted: int) -> None:
+    request = BuildRequest("random:tiny", precision, ("onnxruntime",), 64, 64, Path("x"), base_precision="fp32")
+    plans = plan_components(open_checkpoint("random:tiny"), "fp32", 64, 64, 60)
+    recipe, texts = load_recipe(precision), tuple(f"{i} cats" for i in range(30))
+    assert len(prepare(recipe, request, plans, texts).prompts) == painted
+    asked = replace(request, calibration=CalibrationSettings(num_prompts=3))
+    assert prepare(recipe, asked, plans, texts).prompts == texts[:3]
 
 
 def test_wrong_settings() -> None:
