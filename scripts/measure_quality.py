@@ -21,6 +21,7 @@ import csv
 import io
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
 from importlib.metadata import version
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -485,6 +486,17 @@ def this_commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
+def end_workers_on_sigterm() -> None:
+    """Without it the processes of a pool outlive a script that is told to end."""
+
+    def end(*_: object) -> None:
+        for child in active_children():
+            child.terminate()
+        sys.exit(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, end)
+
+
 def main() -> int:
     """Measure what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -501,6 +513,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.compared is not None and arguments.compared < 0:
         parser.error(f"--compared: {arguments.compared} given, 0 or more expected")
+    end_workers_on_sigterm()
     # fp32 is fp32.
     torch.backends.cudnn.allow_tf32 = False
     # The modules paint in this process, alone.

@@ -35,6 +35,7 @@ from measure_quality import (
     Pixels,
     Way,
     build_bundle,
+    end_workers_on_sigterm,
     judged,
     paint_with_bundle,
     read_rows,
@@ -162,6 +163,7 @@ def main() -> int:
         for number in getattr(arguments, name) or ():
             if not number > 0:
                 parser.error(f"--{name.replace('_', '-')}: {number} given, a number above 0 expected")
+    end_workers_on_sigterm()
     try:
         measured(arguments)
     except SanaError as error:
