@@ -139,11 +139,8 @@ def _stages_piece(layout: DecoderLayout, stages: Sequence[int], *, last: bool) -
         # Without the copy, which is part of the last pass, the exporter has its own idea of a convolution's strides.
         return ((x if last else x[0]).clone(memory_format=torch.contiguous_format),)
 
+    options = ONE_PASS if layout.depthwise == "shifted" else {}
     weights = [name for stage in stages for name in _stage_weights(layout, stage)]
-    # Between residual blocks over codes nothing but these limits makes Inductor write the picture out: without them the
-    # pass behind a block begins at the first block of its stage.
-    over_codes = any(name.removesuffix(".weight") in layout.forms for name in weights)
-    options = ONE_PASS if layout.depthwise == "shifted" and not over_codes else {}
     return Piece(_stages_name(stages), ("x", *weights), compute, options)
 
 
