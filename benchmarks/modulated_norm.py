@@ -12,7 +12,12 @@ from collections.abc import Callable, Mapping
 import torch
 from mix_ffn_depthwise import FP8, Call, Problem, input_sets, run
 
-from sana_kernels.modulated_norm import channel_rms_norm, modulated_norm, residual_modulated_norm
+from sana_kernels.modulated_norm import (
+    channel_rms_norm,
+    channel_rms_norm_codes,
+    modulated_norm,
+    residual_modulated_norm,
+)
 from sana_kernels.modulated_norm.testing import (
     EPS,
     RMS_EPS,
@@ -23,6 +28,7 @@ from sana_kernels.modulated_norm.testing import (
     verify,
     verify_codes,
     verify_rms,
+    verify_rms_codes,
 )
 
 CASES = {
@@ -36,6 +42,8 @@ RMS_CASES = {
     "decoder stage 4, 1024 px, residual": RmsCase(4096, 1024, residual=True),
     "decoder stage 2, 1024 px, residual": RmsCase(65536, 512, residual=True),
     "decoder stage 0, 1024 px, residual": RmsCase(1048576, 128, residual=True),
+    "decoder stage 2, 1024 px, residual, FP8 beside it": RmsCase(65536, 512, residual=True, out_dtype=FP8),
+    "decoder stage 0, 1024 px, residual, FP8 beside it": RmsCase(1048576, 128, residual=True, out_dtype=FP8),
     "decoder output, 1024 px, ReLU": RmsCase(1048576, 128, activation="relu"),
 }
 
@@ -85,24 +93,27 @@ def rms_problem(name: str, case: RmsCase) -> Problem:
     """A channel RMS norm as a line of the table."""
     arrays = 3 if case.residual else 2
     floor = (arrays * case.rows + 2) * case.channels * case.dtype.itemsize
+    if case.out_dtype is not None:
+        floor += case.rows * case.channels * case.out_dtype.itemsize
 
     def check() -> tuple[float, float]:
+        if case.out_dtype is not None:
+            codes = verify_rms_codes(case, "cuda", "triton")
+            return codes.different, codes.near_ties
         out = next(finding for finding in verify_rms(case, "cuda", "triton") if finding.name == "out")
         return out.relative_rms, out.bound
 
-    def operator(tensors: list[torch.Tensor], impl: str) -> torch.Tensor:
-        x, weight, bias, *residual = tensors
-        return channel_rms_norm(
-            x,
-            weight,
-            bias,
-            residual=residual[0] if residual else None,
-            activation=case.activation,
-            eps=RMS_EPS,
-            impl=impl,  # type: ignore[arg-type]
-        )
-
     def calls() -> Mapping[str, list[Call]]:
+        scale = None if case.out_dtype is None else torch.tensor(0.05, device="cuda")
+
+        def operator(tensors: list[torch.Tensor], impl: str) -> object:
+            x, weight, bias, *residual = tensors
+            rest = residual[0] if residual else None
+            settings: dict = {"residual": rest, "activation": case.activation, "eps": RMS_EPS, "impl": impl}
+            if scale is None:
+                return channel_rms_norm(x, weight, bias, **settings)
+            return channel_rms_norm_codes(x, weight, bias, out_scale=scale, out_dtype=case.out_dtype, **settings)
+
         return _peers(operator, [make_rms_inputs(case, "cuda", seed)[0] for seed in range(input_sets(floor))])
 
     return Problem(name, str(case), floor, check, calls)

@@ -10,7 +10,12 @@ import torch
 from torch import library
 
 from sana_kernels.mix_ffn_depthwise.testing import compile_ahead
-from sana_kernels.modulated_norm import channel_rms_norm, modulated_norm, residual_modulated_norm
+from sana_kernels.modulated_norm import (
+    channel_rms_norm,
+    channel_rms_norm_codes,
+    modulated_norm,
+    residual_modulated_norm,
+)
 from sana_kernels.modulated_norm.testing import (
     Case,
     RmsCase,
@@ -18,6 +23,7 @@ from sana_kernels.modulated_norm.testing import (
     verify,
     verify_codes,
     verify_rms,
+    verify_rms_codes,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,19 +47,26 @@ RMS_ON_CPU = [
     RmsCase(130, 600, torch.bfloat16, "relu"),
     RmsCase(63, 128, torch.float16, residual=True),
 ]
+RMS_CODES_ON_CPU = [
+    RmsCase(63, 48, torch.float32, "silu", residual=True, out_dtype=FP8),
+    RmsCase(130, 128, torch.bfloat16, residual=True, out_dtype=FP8),
+    RmsCase(31, 600, torch.float16, residual=True, out_dtype=INT8),
+]
 
 INTERPRET = """
 import sys, torch
 from sana_kernels.modulated_norm import testing
 names = {"Case": testing.Case, "RmsCase": testing.RmsCase, "torch": torch}
-floats, codes, rms = eval(sys.argv[1], names)
+floats, codes, rms, rms_codes = eval(sys.argv[1], names)
 for case in floats:
     assert len(testing.verify(case, "cpu", "triton")) == 4 + 2 * case.branch + case.gate
 for case in codes:
     assert testing.verify_codes(case, "cpu", "triton").values
 for case in rms:
     assert len(testing.verify_rms(case, "cpu", "triton")) == 4 + case.residual
-print(len(floats) + len(codes) + len(rms))
+for case in rms_codes:
+    assert testing.verify_rms_codes(case, "cpu", "triton").values
+print(len(floats) + len(codes) + len(rms) + len(rms_codes))
 """
 
 
@@ -73,10 +86,16 @@ def test_codes_on_the_cpu_are_the_exact_ones_but_beside_ties(case: Case) -> None
     assert found.different <= found.near_ties < found.values / 100
 
 
+@pytest.mark.parametrize("case", RMS_CODES_ON_CPU, ids=str)
+def test_rms_codes_on_the_cpu_are_those_of_the_result(case: RmsCase) -> None:
+    found = verify_rms_codes(case, "cpu", None)
+    assert found.different <= found.near_ties
+
+
 def test_triton_matches_the_oracle_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    cases = (ON_CPU, CODES_ON_CPU, RMS_ON_CPU)
+    cases = (ON_CPU, CODES_ON_CPU, RMS_ON_CPU, RMS_CODES_ON_CPU)
     command = [sys.executable, "-c", INTERPRET, repr(cases)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
@@ -90,9 +109,9 @@ def test_kernels_compile_without_a_gpu(capability: int) -> None:
 
     out = "*fp8e4nv" if capability >= 89 else "*i8"
     names = ("x", "shift", "scale", "branch", "gate", "updated", "weight", "bias", "residual", "out")
-    types = {**dict.fromkeys(names, "*bf16"), "out_scale": "*fp32"}
+    types = {**dict.fromkeys(names, "*bf16"), "out_scale": "*fp32", "codes": out}
     modulated = {"HAS_BRANCH": True, "HAS_GATE": True, "CHANNELS": 2240}
-    rms = {"HAS_RESIDUAL": True, "ACTIVATION": "silu", "CHANNELS": 128}
+    rms = {"HAS_RESIDUAL": True, "HAS_CODES": True, "ACTIVATION": "silu", "CHANNELS": 128}
     for kernel, kernel_types, flags, tile in (
         (kernels.modulated_norm_kernel, {**types, "out": out}, modulated, kernels.tiling(2240)),
         (kernels.channel_rms_norm_kernel, types, rms, kernels.rms_tiling(128)),
@@ -116,7 +135,22 @@ def test_op_is_well_formed(folded: bool, out_dtype: torch.dtype | None) -> None:
 def test_rms_op_is_well_formed(activation: str) -> None:
     x, residual = (torch.randn(3, 4, requires_grad=True) for _ in range(2))
     weight, bias = (torch.randn(4, requires_grad=True) for _ in range(2))
-    library.opcheck(torch.ops.sana.channel_rms_norm.default, (x, weight, bias, residual, activation, 1e-5))
+    library.opcheck(torch.ops.sana.channel_rms_norm.default, (x, weight, bias, residual, None, activation, 1e-5, None))
+
+
+def test_rms_op_with_codes_is_well_formed() -> None:
+    x, residual, weight, bias = (torch.randn(shape) for shape in ((3, 4), (3, 4), (4,), (4,)))
+    arguments = (x, weight, bias, residual, torch.tensor(0.1), "none", 1e-5, FP8)
+    library.opcheck(torch.ops.sana.channel_rms_norm.default, arguments)
+
+
+def test_rms_codes_have_no_gradient() -> None:
+    x, residual = (torch.randn(3, 4, requires_grad=True) for _ in range(2))
+    out, codes = channel_rms_norm_codes(
+        x, torch.ones(4), torch.ones(4), residual=residual, out_scale=torch.tensor(0.1), out_dtype=FP8
+    )
+    assert not codes.requires_grad
+    assert torch.equal(torch.autograd.grad(out.sum(), residual)[0], torch.ones_like(x))
 
 
 def test_with_codes_only_the_updated_residual_has_a_gradient() -> None:
@@ -163,6 +197,8 @@ def test_what_does_not_fit_is_refused() -> None:
         channel_rms_norm(x, torch.ones(7), torch.ones(8))
     with pytest.raises(ValueError, match="residual must have x's shape"):
         channel_rms_norm(x, torch.ones(8), torch.ones(8), residual=x[:1])
+    with pytest.raises(ValueError, match="out_dtype must be float8_e4m3fn or int8"):
+        channel_rms_norm_codes(x, torch.ones(8), torch.ones(8), out_scale=torch.ones(()), out_dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="activation must be"):
         channel_rms_norm(x, torch.ones(8), torch.ones(8), activation="gelu")  # type: ignore[arg-type]
 
@@ -223,6 +259,13 @@ DECODER = [
     RmsCase(4097, 1000, activation="silu"),
     RmsCase(100000, 8, torch.float16, "relu", residual=True),
 ]
+RMS_CODES = [
+    RmsCase(65536, 512, residual=True, out_dtype=FP8),
+    RmsCase(262144, 256, residual=True, out_dtype=INT8),
+    RmsCase(524288, 128, residual=True, out_dtype=FP8),
+    RmsCase(4097, 1000, torch.float16, "silu", out_dtype=FP8),
+    RmsCase(63, 70, torch.float32, residual=True, out_dtype=INT8),
+]
 
 
 @pytest.mark.gpu
@@ -249,6 +292,15 @@ def test_codes_are_the_references_but_beside_ties(case: Case) -> None:
 @pytest.mark.parametrize("case", DECODER, ids=str)
 def test_rms_triton_matches_the_oracle(case: RmsCase) -> None:
     assert len(verify_rms(case, "cuda", "triton", seed=case.rows)) == 4 + case.residual
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("case", RMS_CODES, ids=str)
+def test_rms_codes_are_those_of_the_result(case: RmsCase) -> None:
+    found = verify_rms_codes(case, "cuda", "triton", seed=case.rows)
+    assert found.different <= found.near_ties
 
 
 @pytest.mark.gpu

@@ -80,10 +80,13 @@ def _channel_rms_norm(
     weight: torch.Tensor,
     bias: torch.Tensor,
     residual: torch.Tensor | None,
+    out_scale: torch.Tensor | None,
     activation: str,
     eps: float,
-) -> torch.Tensor:
-    return channel_rms_norm_reference(x, weight, bias, residual, activation, eps).contiguous()
+    out_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    results = channel_rms_norm_reference(x, weight, bias, residual, out_scale, activation, eps, out_dtype)
+    return results[0].contiguous(), results[1].contiguous()
 
 
 @_channel_rms_norm.register_kernel("cuda")
@@ -92,11 +95,14 @@ def _(
     weight: torch.Tensor,
     bias: torch.Tensor,
     residual: torch.Tensor | None,
+    out_scale: torch.Tensor | None,
     activation: str,
     eps: float,
-) -> torch.Tensor:
+    out_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     forward = channel_rms_norm_reference if TRITON_PROBLEM else triton_ops.channel_rms_norm_triton
-    return forward(x, weight, bias, residual, activation, eps).contiguous()
+    results = forward(x, weight, bias, residual, out_scale, activation, eps, out_dtype)
+    return results[0].contiguous(), results[1].contiguous()
 
 
 @_channel_rms_norm.register_fake
@@ -105,10 +111,12 @@ def _(
     weight: torch.Tensor,
     bias: torch.Tensor,
     residual: torch.Tensor | None,
+    out_scale: torch.Tensor | None,
     activation: str,
     eps: float,
-) -> torch.Tensor:
-    return x.new_empty(x.shape)
+    out_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape), x.new_empty(0) if out_dtype is None else x.new_empty(x.shape, dtype=out_dtype)
 
 
 _modulated_norm.register_autograd(autograd.modulated_norm_gradients, setup_context=autograd.modulated_norm_context)
@@ -179,6 +187,41 @@ def channel_rms_norm(
 
     Raises ValueError for shapes that do not fit each other and for tensors the chosen implementation cannot run.
     """
+    return _run_channel_rms_norm(x, weight, bias, residual, None, activation, eps, None, impl)[0]
+
+
+def channel_rms_norm_codes(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    out_scale: torch.Tensor,
+    out_dtype: torch.dtype,
+    residual: torch.Tensor | None = None,
+    activation: Activation = "none",
+    eps: float = 1e-5,
+    impl: Impl | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the result of `channel_rms_norm`, saturate(round_half_even(result / out_scale))), in one pass.
+
+    The codes are those of the result as it is returned, rounded to x's dtype. `out_dtype` float8_e4m3fn or int8,
+    `out_scale` one float32 number on x's device (amax / 448 or amax / 127). The codes have no gradient.
+    """
+    check_quantization("channel_rms_norm", out_scale, out_dtype)
+    return _run_channel_rms_norm(x, weight, bias, residual, out_scale, activation, eps, out_dtype, impl)
+
+
+def _run_channel_rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    residual: torch.Tensor | None,
+    out_scale: torch.Tensor | None,
+    activation: str,
+    eps: float,
+    out_dtype: torch.dtype | None,
+    impl: Impl | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     _check_impl("channel_rms_norm", impl)
     if tuple(weight.shape) != tuple(x.shape[-1:]) or tuple(bias.shape) != tuple(x.shape[-1:]):
         raise ValueError(
@@ -191,11 +234,11 @@ def channel_rms_norm(
         )
     if activation not in ("none", "silu", "relu"):
         raise ValueError(f"channel_rms_norm: activation must be 'none', 'silu' or 'relu', got {activation!r}")
-    arguments = (x, weight, bias, residual, activation, eps)
+    arguments = (x, weight, bias, residual, out_scale, activation, eps, out_dtype)
     if impl == "reference":
         return channel_rms_norm_reference(*arguments)
     if impl == "triton":
-        check_support("channel_rms_norm", x, None)
+        check_support("channel_rms_norm", x, out_dtype)
         return triton_ops.channel_rms_norm_triton(*arguments)
     return _channel_rms_norm(*arguments)
 

@@ -29,16 +29,17 @@ def modulated_norm_gradients(
     return *found, None, None, None
 
 
-def channel_rms_norm_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    """Keep the inputs but the residual, whose gradient is that of the result."""
-    x, weight, bias, residual, ctx.activation, ctx.eps = inputs
+def channel_rms_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Keep the inputs but the residual, whose gradient is that of the result; codes have none."""
+    x, weight, bias, residual, _, ctx.activation, ctx.eps, _ = inputs
     ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.save_for_backward(x, weight, bias)
+    ctx.mark_non_differentiable(output[1])
 
 
-def channel_rms_norm_gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def channel_rms_norm_gradients(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """One gradient per argument of the op."""
     x, weight, bias = ctx.saved_tensors
     found = channel_rms_norm_backward_reference(grad, x, weight, bias, ctx.activation, ctx.eps)
     residual = None if ctx.residual_dtype is None else grad.to(ctx.residual_dtype)
-    return *found, residual, None, None
+    return *found, residual, None, None, None, None

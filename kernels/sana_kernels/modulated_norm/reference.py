@@ -73,16 +73,22 @@ def channel_rms_norm_reference(
     weight: torch.Tensor,
     bias: torch.Tensor,
     residual: torch.Tensor | None,
+    out_scale: torch.Tensor | None,
     activation: str,
     eps: float,
-) -> torch.Tensor:
-    """activation(x / rms(x) weight + bias) + residual over the last axis: x, residual [..., C] -> [..., C]."""
+    out_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(activation(x / rms(x) weight + bias) + residual over the last axis, its codes): x, residual [..., C].
+
+    The codes are those of the result in x's dtype, quantised to `out_dtype` with `out_scale`; empty without.
+    """
     wide = x.float()
     unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     out = unit * weight.float() + bias.float()
     if activation != "none":
         out = F.silu(out) if activation == "silu" else F.relu(out)
-    return (out if residual is None else out + residual.float()).to(x.dtype)
+    out = (out if residual is None else out + residual.float()).to(x.dtype)
+    return out, x.new_empty(0) if out_dtype is None else narrow(out.float(), out_scale, out_dtype)
 
 
 def channel_rms_norm_backward_reference(

@@ -8,10 +8,11 @@ import torch
 from torch.nn import functional as F
 
 from sana_kernels.linear_attention.testing import CodeFinding, Finding, compare, compare_codes, dtype_name
-from sana_kernels.mix_ffn_depthwise.quantization import QUANTIZED_DTYPES
+from sana_kernels.mix_ffn_depthwise.quantization import QUANTIZED_DTYPES, narrow
 from sana_kernels.modulated_norm.api import (
     Impl,
     channel_rms_norm,
+    channel_rms_norm_codes,
     modulated_norm,
     residual_modulated_norm,
 )
@@ -57,10 +58,12 @@ class RmsCase:
     dtype: torch.dtype = torch.bfloat16
     activation: Activation = "none"
     residual: bool = False
+    out_dtype: torch.dtype | None = None
 
     def __str__(self) -> str:
         residual = "-residual" if self.residual else ""
-        return f"rows{self.rows}-c{self.channels}-{dtype_name(self.dtype)}-{self.activation}{residual}"
+        out = "" if self.out_dtype is None else f"-{dtype_name(self.out_dtype)}"
+        return f"rows{self.rows}-c{self.channels}-{dtype_name(self.dtype)}-{self.activation}{residual}{out}"
 
 
 @dataclass(frozen=True)
@@ -210,8 +213,32 @@ def verify_rms(case: RmsCase, device: str, impl: Impl | None, *, seed: int = 0) 
 
     x, weight, bias = tensors[:3]
     residual = tensors[3] if case.residual else None
-    reference = {"out": channel_rms_norm_reference(x, weight, bias, residual, case.activation, RMS_EPS)}
+    out, _ = channel_rms_norm_reference(x, weight, bias, residual, None, case.activation, RMS_EPS, None)
+    reference = {"out": out}
     grads = channel_rms_norm_backward_reference(grad, x, weight, bias, case.activation, RMS_EPS)
     reference |= dict(zip(names, (*grads, *([grad] if case.residual else [])), strict=False))
     wide = results([t.double() for t in tensors], exact, grad.double())
     return compare(results(tensors, candidate, grad), reference, wide)
+
+
+def verify_rms_codes(case: RmsCase, device: str, impl: Impl | None, *, seed: int = 0) -> CodeFinding:
+    """Results and codes in one pass on fresh inputs: the result without codes, bit for bit, and its codes.
+
+    Both in the same arithmetic, so that nothing but the division, or the product with its reciprocal, rounds apart.
+    """
+    assert case.out_dtype is not None
+    (x, weight, bias, *rest), _ = make_rms_inputs(case, device, seed)
+    settings: dict = {
+        "residual": rest[0] if rest else None,
+        "activation": case.activation,
+        "eps": RMS_EPS,
+        "impl": impl,
+    }
+    alone = channel_rms_norm(x, weight, bias, **settings)
+    scale = alone.abs().amax().float() / (QUANTIZED_DTYPES[case.out_dtype][1] * 1.5)
+    quantized: dict = {"out_scale": scale, "out_dtype": case.out_dtype}
+    out, codes = channel_rms_norm_codes(x, weight, bias, **settings, **quantized)
+    if not torch.equal(out, alone):
+        raise AssertionError(f"{int((out != alone).sum())} of {out.numel()} results are others where there are codes")
+    wide = out.double()
+    return compare_codes(codes, narrow(out.float(), scale, case.out_dtype), wide, torch.zeros_like(wide), scale)

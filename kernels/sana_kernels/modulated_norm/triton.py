@@ -88,10 +88,13 @@ def channel_rms_norm_kernel(
     weight_ptr,
     bias_ptr,
     residual_ptr,
+    out_scale_ptr,
     out_ptr,
+    codes_ptr,
     rows,
     EPS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_CODES: tl.constexpr,
     ACTIVATION: tl.constexpr,
     CHANNELS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -99,31 +102,41 @@ def channel_rms_norm_kernel(
 ):
     """Program (block of ROWS rows). ACTIVATION: "none", "silu" or "relu"."""
     CHUNKS: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
+    inverse_step = inverse_scale(out_scale_ptr, codes_ptr.dtype.element_ty)
     index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     present = (index < rows)[:, None]
     row = index.to(tl.int64)[:, None] * CHANNELS
     # [ROWS, BLOCK_C], also where one row is shared by all: its loads then fall on the lanes that need them.
     column = tl.zeros([ROWS, 1], tl.int32) + tl.arange(0, BLOCK_C)[None, :]
-    chunks = ()
+    chunks, residuals, weights, biases = (), (), (), ()
     squares = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    # All is asked for before the sum needs x: one wait for memory, not two.
     for i in tl.static_range(CHUNKS):
         channel = i * BLOCK_C + column
-        x = _load(x_ptr, row + channel, present & (channel < CHANNELS))
-        chunks += (x,)
-        squares += x * x
+        inside = present & (channel < CHANNELS)
+        chunks += (_load(x_ptr, row + channel, inside),)
+        if HAS_RESIDUAL:
+            residuals += (_load(residual_ptr, row + channel, inside),)
+        weights += (_load(weight_ptr, channel, channel < CHANNELS),)
+        biases += (_load(bias_ptr, channel, channel < CHANNELS),)
+    for i in tl.static_range(CHUNKS):
+        squares += chunks[i] * chunks[i]
     inverse = (1.0 / tl.sqrt_rn(tl.sum(squares, axis=1) / CHANNELS + EPS))[:, None]
     for i in tl.static_range(CHUNKS):
         channel = i * BLOCK_C + column
-        weight = _load(weight_ptr, channel, channel < CHANNELS)
-        out = tl.fma(chunks[i] * inverse, weight, _load(bias_ptr, channel, channel < CHANNELS))
+        inside = present & (channel < CHANNELS)
+        out = tl.fma(chunks[i] * inverse, weights[i], biases[i])
         if ACTIVATION == "silu":
             out = silu(out)
         elif ACTIVATION == "relu":
             out = tl.where(out < 0.0, 0.0, out)  # NaN goes through
         if HAS_RESIDUAL:
-            out += _load(residual_ptr, row + channel, present & (channel < CHANNELS))
+            out += residuals[i]
         out = narrow(out, 1.0, out_ptr.dtype.element_ty)
-        tl.store(out_ptr + row + channel, out, mask=present & (channel < CHANNELS))
+        tl.store(out_ptr + row + channel, out, mask=inside)
+        if HAS_CODES:
+            codes = narrow(out.to(tl.float32), inverse_step, codes_ptr.dtype.element_ty)
+            tl.store(codes_ptr + row + channel, codes, mask=inside)
 
 
 # --- Host code ---
@@ -204,15 +217,18 @@ def channel_rms_norm_forward(
     weight: torch.Tensor,
     bias: torch.Tensor,
     residual: torch.Tensor | None,
+    out_scale: torch.Tensor | None,
     activation: str,
     eps: float,
-) -> torch.Tensor:
-    """The Triton forward, arguments and result as in `reference`. The result is a new tensor."""
-    check_support("channel_rms_norm", x, None)
+    out_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The Triton forward, arguments and results as in `reference`. Both results are new tensors."""
+    check_support("channel_rms_norm", x, out_dtype)
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     out = torch.empty_like(x)
+    codes = x.new_empty(0) if out_dtype is None else torch.empty_like(x, dtype=out_dtype)
     if out.numel() == 0:
-        return out
+        return out, codes
     channels = x.shape[-1]
     rows = x.numel() // channels
     tile = rms_tiling(channels)
@@ -221,14 +237,17 @@ def channel_rms_norm_forward(
         weight.contiguous(),
         bias.contiguous(),
         x if residual is None else residual,
+        x if out_scale is None else out_scale,  # never read when nothing is quantised
         out,
+        codes,
         rows,
         EPS=eps,
         HAS_RESIDUAL=residual is not None,
+        HAS_CODES=out_dtype is not None,
         ACTIVATION=activation,
         CHANNELS=channels,
         ROWS=tile.rows,
         BLOCK_C=tile.block_channels,
         num_warps=tile.num_warps,
     )
-    return out
+    return out, codes

@@ -28,11 +28,13 @@ def channel_rms_norm_triton(
     weight: torch.Tensor,
     bias: torch.Tensor,
     residual: torch.Tensor | None,
+    out_scale: torch.Tensor | None,
     activation: str,
     eps: float,
-) -> torch.Tensor:
-    """The arguments and the result of `torch.ops.sana.channel_rms_norm`."""
-    return kernels.channel_rms_norm_forward(x, weight, bias, residual, activation, eps)
+    out_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The arguments and the results of `torch.ops.sana.channel_rms_norm`."""
+    return kernels.channel_rms_norm_forward(x, weight, bias, residual, out_scale, activation, eps, out_dtype)
 
 
 modulated_norm_triton.register_autograd(
