@@ -8,14 +8,14 @@ once: each takes a few more rows than it gives, which the zeros beyond its edges
 rows together. Exact; the memory of a stage is then that of a window and of its result.
 
 Against `reference.dc_ae`: nearest upsampling and the convolution behind it are one 2x2 convolution with four times the
-channels on the small image (exact, 4 / 9 of the products); the depthwise 5x5 is a sum of shifted products, which
-Inductor makes one pass of; the grouped 1x1 is a batched product; linear attention, the middle of Mix-FFN and 3x3
-convolutions over codes, those of residual blocks, are our kernels.
+channels on the small image (exact, 4 / 9 of the products), with all that follows it our kernel; the depthwise 5x5 is a
+sum of shifted products, which Inductor makes one pass of; the grouped 1x1 is a batched product; linear attention, the
+middle of Mix-FFN, 3x3 convolutions over codes and what follows them are our kernels.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -26,8 +26,10 @@ from sana_export.inductor.transformer import taps_view
 from sana_export.reference.dc_ae import AutoencoderConfig, Window, stage_windows
 from sana_kernels.linear_attention import linear_attention
 from sana_kernels.mix_ffn_depthwise import mix_ffn_depthwise
+from sana_kernels.modulated_norm import channel_rms_norm, channel_rms_norm_codes
 from sana_kernels.modulated_norm.api import Impl
 from sana_kernels.scaled_convolution import scaled_convolution, scaled_convolution_codes
+from sana_kernels.upsample_convolution import phase_weight, upsample_convolution, upsample_convolution_codes
 from sana_runtime.contract import PIXELS_PER_LATENT
 from sana_runtime.inductor_program import Call
 
@@ -61,6 +63,13 @@ class DecoderLayout:
     depthwise: Depthwise = "shifted"
     grouped: Grouped = "batched"
     forms: Mapping[str, LinearForm] = field(default_factory=dict)
+
+
+class Pair(NamedTuple):
+    """Pixels [B, H, W, C] in the base dtype, and as the codes that the next convolution takes, where it takes codes."""
+
+    x: torch.Tensor
+    codes: torch.Tensor | None = None
 
 
 def decoder_pieces(layout: DecoderLayout) -> tuple[Piece, ...]:
@@ -157,15 +166,19 @@ def _join_piece(stage: int, count: int) -> Piece:
 
 def _stage(x: torch.Tensor, t: Tensors, layout: DecoderLayout, stage: int) -> torch.Tensor:
     config = layout.config
-    first = stage == len(config.decoder_channels) - 1
-    x = _stem(x, t, layout) if first else _upsampled(x, t, f"stages.{stage}.upsample", layout)
-    for i in range(config.decoder_layers[stage]):
-        name = f"stages.{stage}.blocks.{i}"
+    blocks = [f"stages.{stage}.blocks.{i}" for i in range(config.decoder_layers[stage])]
+    # What the first convolution of the block behind each place multiplies is written by what stands before it.
+    feeds = [f"{block}.conv1" for block in blocks] + [""]
+    if stage == len(config.decoder_channels) - 1:
+        pair = Pair(_stem(x, t, layout))
+    else:
+        pair = _upsampled(x, t, f"stages.{stage}.upsample", layout, feeds[0])
+    for i, block in enumerate(blocks):
         if config.decoder_blocks[stage] == "ResBlock":
-            x = _res_block(x, t, name, layout)
+            pair = _res_block(pair, t, block, layout, feeds[i + 1])
         else:
-            x = _attention_block(x, t, name, layout, bool(config.decoder_multiscales[stage]))
-    return x if stage else _pixels(x, t)
+            pair = Pair(_attention_block(pair.x, t, block, layout, bool(config.decoder_multiscales[stage])))
+    return pair.x if stage else _pixels(pair.x, t)
 
 
 def _stage_weights(layout: DecoderLayout, stage: int) -> list[str]:
@@ -207,19 +220,6 @@ def stored_weight(name: str, weight: torch.Tensor, upsampling: Upsampling = "pha
     return weight.permute(0, 2, 3, 1).contiguous() if weight.ndim == 4 else weight
 
 
-def phase_weight(weight: torch.Tensor) -> torch.Tensor:
-    """The 2x2 weights [4 O, I, 2, 2] of the four output pixels of a nearest-upsampled 3x3 convolution [O, I, 3, 3].
-
-    Output row 2i sees the input rows i - 1, i, i; row 2i + 1 sees i, i, i + 1; columns likewise. Phase 2a + b is that
-    of row a and column b. Sums are formed in fp32.
-    """
-    low = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
-    high = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
-    maps = torch.stack([low, high]).to(weight.device)  # [phase, 2, 3]
-    phases = torch.einsum("aky,blx,oiyx->aboikl", maps, maps, weight.float())
-    return phases.flatten(0, 2).to(weight.dtype)
-
-
 def _stem(latent: torch.Tensor, t: Tensors, layout: DecoderLayout) -> torch.Tensor:
     """The first convolution plus its shortcut, the repeated channels of the latent."""
     config = layout.config
@@ -252,14 +252,29 @@ def _norm(x: torch.Tensor, t: Tensors, name: str) -> torch.Tensor:
     return (wide * t[f"{name}.weight"].float() + t[f"{name}.bias"].float()).to(x.dtype)
 
 
-def _res_block(x: torch.Tensor, t: Tensors, name: str, layout: DecoderLayout) -> torch.Tensor:
-    conv1, conv2 = f"{name}.conv1", f"{name}.conv2"
+def _res_block(pair: Pair, t: Tensors, name: str, layout: DecoderLayout, feeds: str) -> Pair:
+    conv1, conv2, norm = f"{name}.conv1", f"{name}.conv2", f"{name}.norm"
     if conv1 in layout.forms:
+        x = pair.x if pair.codes is None else pair.codes
         hidden = _scaled(x, t, conv1, layout, silu=True, feeds=conv2)
     else:
-        hidden = F.silu(_convolution(x, t, conv1))
-    out = _scaled(hidden, t, conv2, layout) if conv2 in layout.forms else _convolution(hidden, t, conv2)
-    return x + _norm(out, t, f"{name}.norm")
+        hidden = F.silu(_convolution(pair.x, t, conv1))
+    if conv2 not in layout.forms:
+        # The library's convolution has strides that only the compiler knows: what reads them must be its own pass.
+        return Pair(pair.x + _norm(_convolution(hidden, t, conv2), t, norm))
+    out, weight, bias = _scaled(hidden, t, conv2, layout), t[f"{norm}.weight"], t[f"{norm}.bias"]
+    settings: dict[str, Any] = {"residual": pair.x, "eps": _NORM_EPS, "impl": layout.impl}
+    if codes := _codes_for(feeds, t, layout):
+        return Pair(*channel_rms_norm_codes(out, weight, bias, **settings, **codes))
+    return Pair(channel_rms_norm(out, weight, bias, **settings))
+
+
+def _codes_for(feeds: str, t: Tensors, layout: DecoderLayout) -> dict[str, Any]:
+    """Scale and dtype of the codes that the convolution `feeds` takes; none where it is not quantised, or smoothed."""
+    form = layout.forms.get(feeds)
+    if form is None or form.smooth:
+        return {}
+    return {"out_scale": t[f"{feeds}.activation_scale"], "out_dtype": form.activation_dtype}
 
 
 def _scaled(
@@ -286,22 +301,21 @@ def _scaled(
     )
 
 
-def _upsampled(x: torch.Tensor, t: Tensors, name: str, layout: DecoderLayout) -> torch.Tensor:
+def _upsampled(x: torch.Tensor, t: Tensors, name: str, layout: DecoderLayout, feeds: str) -> Pair:
     """Upsampling convolution plus the shortcut: the pixel shuffle of repeated channels."""
-    batch, height, width, inputs = x.shape
-    outputs = t[f"{name}.bias"].shape[0]
-    shortcut = x.repeat_interleave(4 * outputs // inputs, dim=-1).unflatten(-1, (outputs, 2, 2))
-    shortcut = shortcut.permute(0, 1, 4, 2, 5, 3).reshape(batch, 2 * height, 2 * width, outputs)
+    weight, bias = t[f"{name}.weight"], t[f"{name}.bias"]
     if layout.upsampling == "interpolate":
+        batch, height, width, inputs = x.shape
+        outputs = bias.shape[0]
+        shortcut = x.repeat_interleave(4 * outputs // inputs, dim=-1).unflatten(-1, (outputs, 2, 2))
+        shortcut = shortcut.permute(0, 1, 4, 2, 5, 3).reshape(batch, 2 * height, 2 * width, outputs)
         large = _last(F.interpolate(_first(x), scale_factor=2.0, mode="nearest"))
-        return _convolution(large, t, name) + shortcut
-    # [B, H + 1, W + 1, 4 O]: row i of phase a belongs to output row 2 (i - a) + a.
-    phases = _last(F.conv2d(_first(x), _first(t[f"{name}.weight"]), padding=1)).unflatten(-1, (2, 2, outputs))
-    rows = [
-        torch.stack([phases[:, a : a + height, b : b + width, a, b] for b in (0, 1)], dim=3) for a in (0, 1)
-    ]  # [B, H, W, 2, O] each
-    out = torch.stack(rows, dim=2).reshape(batch, 2 * height, 2 * width, outputs)
-    return out + t[f"{name}.bias"] + shortcut
+        return Pair(_convolution(large, t, name) + shortcut)
+    # Triton multiplies fp32 without tensor cores; the library's convolution and a compiled pass are faster then.
+    impl = layout.impl if layout.dtype != torch.float32 else "reference"
+    if codes := _codes_for(feeds, t, layout):
+        return Pair(*upsample_convolution_codes(x, weight, bias, **codes, impl=impl))
+    return Pair(upsample_convolution(x, weight, bias, impl=impl))
 
 
 def _attention_block(x: torch.Tensor, t: Tensors, name: str, layout: DecoderLayout, multiscale: bool) -> torch.Tensor:

@@ -28,7 +28,6 @@ from sana_export.inductor.decoder import (
     decoder_calls,
     decoder_pieces,
     decoder_weights,
-    phase_weight,
     stored_weight,
 )
 from sana_export.inductor.linear import FP8, INT8, LinearForm, linear
@@ -40,6 +39,7 @@ from sana_export.reference.dc_ae import AutoencoderConfig
 from sana_export.weights.checkpoint import Checkpoint, open_checkpoint
 from sana_kernels.linear_attention import linear_attention
 from sana_kernels.mix_ffn_depthwise import tap_major
+from sana_kernels.upsample_convolution import phase_weight
 from sana_runtime.contract import COMPONENTS, ComponentName, PrecisionName, TensorSpec
 from sana_runtime.errors import TargetError
 from sana_runtime.inductor_program import Call, run_calls
@@ -347,7 +347,8 @@ def test_a_quantised_residual_block_equals_the_fake_quantised_one(name: str) -> 
     values = {layer: tensor.load() for layer, tensor in prepared.weights.items() if layer.startswith(block)}
     forms = convolution_forms(quantized_by({layer: found_rules[layer] for layer in full}, full, torch.float32))
     layout = DecoderLayout(config, torch.float32, 5, 4, "reference", forms=forms)
-    found = decoder._res_block(feeds["x"].permute(0, 2, 3, 1), values, block, layout).permute(0, 3, 1, 2)
+    pixels = decoder.Pair(feeds["x"].permute(0, 2, 3, 1))
+    found = decoder._res_block(pixels, values, block, layout, feeds="").x.permute(0, 3, 1, 2)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.std()))
     assert (reference(feeds["x"]) - wanted).std() > 1e-3 * wanted.std(), "the recipe changes nothing"
 
@@ -376,6 +377,39 @@ def test_quantised_convolutions_are_those_of_the_fake_quantised_decoder(name: st
         return measure("vae_decoder", "image", _numpy(found), _numpy(wanted)).relative_rms
 
     assert error(image) < error(plain) / 4
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8", "bf16", "smoothed"])
+def test_codes_of_a_residual_block_are_written_by_what_stands_before(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the upsampling and by the block before; unless they must be multiplied with factors first."""
+    written: dict[str, list[torch.dtype]] = {"upsample_convolution_codes": [], "channel_rms_norm_codes": []}
+
+    def spied(op: str) -> Any:
+        function = getattr(decoder, op)
+
+        def spy(*arguments: torch.Tensor, **options: Any) -> object:
+            written[op].append(options["out_dtype"])
+            return function(*arguments, **options)
+
+        return spy
+
+    for op in written:
+        monkeypatch.setattr(decoder, op, spied(op))
+    plan = plan_of("random:tiny", "fp32", "vae_decoder")
+    rules = {} if name == "bf16" else rules_of(RECIPES["int8" if name == "smoothed" else name](), plan)
+    channels = AutoencoderConfig.from_upstream(checkpoint("random:tiny").vae_config).decoder_channels
+    scales = {layer: LayerScales(3.0) for layer in rules}
+    if name == "smoothed":
+        factors = {layer: np.ones(channels[int(layer.split(".")[1])], np.float32) for layer in rules}
+        scales = {layer: LayerScales(3.0, factors[layer]) for layer in rules}
+    run_prepared(prepared_for("random:tiny", plan, rules, scales), plan, feeds_of(plan))
+    dtype = {"fp8": FP8, "int8": INT8}.get(name)
+    assert written == {
+        "upsample_convolution_codes": [dtype] * 3 if dtype else [],
+        "channel_rms_norm_codes": [dtype] * 6 if dtype else [],
+    }
 
 
 @pytest.mark.parametrize(("name", "written"), [("fp8", FP8), ("int8", None), ("int8-weight-only", None)])
