@@ -14,23 +14,17 @@ the results of other tilings are held to theirs. Times are of CUDA graphs of man
 whose rows these are. `--sweep` compiles in parallel processes first.
 """
 
-import argparse
 import dataclasses
-import multiprocessing
-import os
 import sys
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from inductor_profile import OutOfTime, Session, operator_time, relative_rms
+from inductor_profile import Session, operator_time
+from tilings import Tiling, Work, command_parser, compile_ahead, compiled, compiles, hold_to, measure, try_tilings
 from torch.nn import functional as F
 
-from sana_kernels.machine import ON_CPU
 from sana_kernels.scaled_convolution import testing as residual_testing
 from sana_kernels.scaled_convolution import triton as residual_kernels
 from sana_kernels.upsample_convolution import testing as upsample_testing
@@ -59,9 +53,6 @@ TILINGS = (
 )
 _FLOP_PER_GRAPH = 4e12
 _CHECKED_ROWS = 5
-
-Tiling = Any  # that of either kernel
-Work = Callable[[], object]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,12 +198,6 @@ def virtual(dtype: torch.dtype, *sizes: int) -> torch.Tensor:
     return torch.empty(sizes, dtype=dtype, device="meta")
 
 
-def compiled(session: Session, work: Work) -> Work:
-    """By Inductor where there is a GPU."""
-    torch._dynamo.reset()
-    return torch.compile(work, fullgraph=True, dynamic=False) if session.on_gpu else work
-
-
 def convolutions(
     stages: Sequence[str], side: int, precisions: Sequence[str], kinds: Sequence[str]
 ) -> Iterator[Convolution]:
@@ -248,18 +233,18 @@ def table(session: Session, found: Sequence[Convolution]) -> None:
     """Every convolution by our kernel and by cuDNN, and what is gained."""
     for convolution in found:
         with session.part(convolution.name):
-            checked(session, convolution)
-            tensors = convolution.tensors(session.device)
-            tile = chosen_tiling(convolution)
-            ours = timed(
-                session, convolution, f"triton {named(tile)}", lambda c=convolution, t=tensors: c.forward(t, codes=True)
-            )
-            times = {
-                name: timed(session, convolution, name, work)
-                for name, work in convolution.peers(session, tensors).items()
-            }
-            first = next(iter(times))
-            session.row("speedup", convolution.name, f"{first} / triton", times[first] / ours, "x")
+            _compare(session, convolution)
+
+
+def _compare(session: Session, convolution: Convolution) -> None:
+    checked(session, convolution)
+    tensors = convolution.tensors(session.device)
+    name = f"triton {named(chosen_tiling(convolution))}"
+    ours = timed(session, convolution, name, lambda: convolution.forward(tensors, codes=True))
+    peers = convolution.peers(session, tensors)
+    times = {name: timed(session, convolution, name, work) for name, work in peers.items()}
+    first = next(iter(times))
+    session.row("speedup", convolution.name, f"{first} / triton", times[first] / ours, "x")
 
 
 def chosen_tiling(convolution: Convolution) -> Tiling:
@@ -296,35 +281,29 @@ def timed(session: Session, convolution: Convolution, what: str, work: Work) -> 
 
 def sweep(session: Session, found: Sequence[Convolution]) -> None:
     """Every tiling at every shape, the best last; results are held to those of the tiling that is checked."""
-    jobs = [(convolution, tile) for convolution in found for tile in tilings(session, convolution)]
-    if session.on_gpu:
-        started = time.monotonic()
-        failed = compiled_ahead(jobs)
-        session.row("build", "sweep", f"{len(jobs)} kernels, {failed} failed", time.monotonic() - started, "s")
+    jobs = [
+        (convolution, tile, codes)
+        for convolution in found
+        for tile in tilings(session, convolution)
+        for codes in (False, True)
+        if not codes or convolution.case.out_dtype is not None
+    ]
+    compile_ahead(session, _compile, jobs)
     for convolution in found:
         with session.part(convolution.name):
-            checked(session, convolution)
-            tensors = convolution.tensors(session.device)
-            kernels, chosen = convolution.kernels, convolution.kernels.tiling
-            wanted = convolution.forward(tensors, codes=False)
-            times = {}
-            for tile in tilings(session, convolution):
-                kernels.tiling = lambda *_, tile=tile: tile
-                try:
-                    error = relative_rms(convolution.forward(tensors, codes=False), wanted)
-                    # Two orders of sums, each rounded to bf16.
-                    if not error <= 2 * 2.0**-8:
-                        raise AssertionError(f"relative RMS {error:.3g} from the chosen tiling")
-                    work = lambda c=convolution, t=tensors: c.forward(t, codes=True)  # noqa: E731
-                    times[tile] = timed(session, convolution, named(tile), work)
-                except Exception as error:
-                    note = f"{type(error).__name__}: {str(error)[:120]}".replace("\n", " ")
-                    session.row("failed", convolution.name, named(tile), 1, "failure", note)
-                finally:
-                    kernels.tiling = chosen
-            if times:
-                best = min(times, key=lambda tile: times[tile])
-                session.row("best", convolution.name, named(best), times[best], "us")
+            _sweep(session, convolution)
+
+
+def _sweep(session: Session, convolution: Convolution) -> None:
+    checked(session, convolution)
+    tensors = convolution.tensors(session.device)
+    wanted = convolution.forward(tensors, codes=False)
+
+    def time_us(tile: Tiling) -> float:
+        hold_to(wanted, convolution.forward(tensors, codes=False))
+        return timed(session, convolution, named(tile), lambda: convolution.forward(tensors, codes=True))
+
+    try_tilings(session, convolution.name, convolution.kernels, tilings(session, convolution), named, time_us)
 
 
 def tilings(session: Session, convolution: Convolution) -> list[Tiling]:
@@ -337,28 +316,11 @@ def tilings(session: Session, convolution: Convolution) -> list[Tiling]:
     ]
 
 
-def compiled_ahead(jobs: Sequence[tuple[Convolution, Tiling]]) -> int:
-    """Compile into Triton's cache, which the timing then finds; returns how many kernels could not be."""
-    workers = max(1, min(16, (os.cpu_count() or 1)))
-    context = multiprocessing.get_context("spawn")
-    both = [(convolution, tile, codes) for convolution, tile in jobs for codes in (False, True)]
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        return sum(not ok for ok in pool.map(_compile, both))
-
-
 def _compile(job: tuple[Convolution, Tiling, bool]) -> bool:
-    """In a process of its own: the kernel of a case, for this GPU, without running it."""
+    """In a process of its own: the kernel of a case."""
     convolution, tile, codes = job
-    if codes and convolution.case.out_dtype is None:
-        return True
     arguments, constants = convolution.launch(tile, codes=codes)
-    try:
-        convolution.kernel.warmup(*arguments, grid=(1,), **constants)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {str(error)[:200]}"
-        print(f"not compiled: {convolution.name} {named(tile)}: {reason}", flush=True)
-        return False
-    return True
+    return compiles(convolution.kernel, arguments, constants, f"{convolution.name} {named(tile)}")
 
 
 def named(tile: Tiling) -> str:
@@ -372,33 +334,14 @@ def named(tile: Tiling) -> str:
 
 def main() -> int:
     """Measure what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sweep", action="store_true", help="time every tiling instead of cuDNN")
+    parser = command_parser(__doc__, "decoder_convolutions", instead_of="cuDNN")
     parser.add_argument("--kinds", nargs="+", default=["upsample", "residual"], choices=("upsample", "residual"))
     parser.add_argument("--stages", nargs="+", default=["0", "1", "2"], choices=tuple(STAGES))
     parser.add_argument("--side", type=int, default=1024, help="picture side in pixels")
     parser.add_argument("--precisions", nargs="+", default=["fp8"], choices=tuple(FACTORS))
-    parser.add_argument(
-        "--budget-s", type=float, default=540.0, help="start no further convolution after this many seconds"
-    )
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--commit", default="", help="what the rows call the commit, where git cannot tell")
-    parser.add_argument("--output", type=Path, default=Path("decoder_convolutions.csv"))
     chosen = parser.parse_args()
-    if chosen.device == "cuda" and not torch.cuda.is_available():
-        print("no CUDA device: TRITON_INTERPRET=1 and --device cpu run the script's logic without one", file=sys.stderr)
-        return 1
-    if chosen.device == "cpu" and not ON_CPU:
-        print("--device cpu runs kernels in Triton's interpreter: set TRITON_INTERPRET=1", file=sys.stderr)
-        return 1
     found = [*convolutions(chosen.stages, chosen.side, chosen.precisions, chosen.kinds)]
-    with chosen.output.open("w", newline="") as file, torch.no_grad():
-        session = Session.begin(chosen, file)
-        try:
-            (sweep if chosen.sweep else table)(session, found)
-        except OutOfTime as error:
-            print(f"out of time before: {error}", flush=True)
-    return 0
+    return measure(chosen, lambda session: (sweep if chosen.sweep else table)(session, found))
 
 
 if __name__ == "__main__":

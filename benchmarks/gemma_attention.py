@@ -10,15 +10,14 @@ reference, eager and through torch.compile: library attention does not know capp
 that of the products at this run's bf16 ceiling; all that is read and written fits the cache.
 """
 
-import argparse
 import itertools
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from inductor_profile import OutOfTime, Session, ceilings, operator_time
+from inductor_profile import Session, ceilings, operator_time
+from tilings import command_parser, measure, try_tilings
 
 from sana_kernels.gemma_attention import gemma_attention
 from sana_kernels.gemma_attention import triton as kernels
@@ -55,20 +54,14 @@ def table(session: Session, name: str, case: Case) -> None:
 
 def sweep(session: Session, name: str, case: Case) -> None:
     """Every tiling, each held to the oracle, the best three last."""
-    chosen, times = kernels.tiling, {}
-    for shape, parts in itertools.product(TILINGS[: None if session.on_gpu else 1], PARTS):
-        tile = kernels.Tiling(*shape, parts)
-        kernels.tiling = lambda *_, tile=tile: tile
-        try:
-            verify(case, session.device, "triton")
-            times[tile] = timed(session, name, case, named(tile), kernels.in_parts)
-        except Exception as error:
-            note = f"{type(error).__name__}: {str(error)[:120]}".replace("\n", " ")
-            session.row("failed", name, named(tile), 1, "failure", note)
-        finally:
-            kernels.tiling = chosen
-    for tile in sorted(times, key=lambda tile: times[tile])[:3]:
-        session.row("best", name, named(tile), times[tile], "us")
+
+    def time_us(tile: kernels.Tiling) -> float:
+        verify(case, session.device, "triton")
+        return timed(session, name, case, named(tile), kernels.in_parts)
+
+    shapes = TILINGS[: None if session.on_gpu else 1]
+    tiles = [kernels.Tiling(*shape, parts) for shape, parts in itertools.product(shapes, PARTS)]
+    try_tilings(session, name, kernels, tiles, named, time_us, best=3)
 
 
 def operator(impl: Impl, *, compiled: bool = False) -> Callable[..., object]:
@@ -101,29 +94,16 @@ def named(tile: kernels.Tiling) -> str:
 
 def main() -> int:
     """Measure what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sweep", action="store_true", help="time every tiling instead of the reference")
-    parser.add_argument("--budget-s", type=float, default=300.0, help="start no further case after this many seconds")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--commit", default="", help="what the rows call the commit, where git cannot tell")
-    parser.add_argument("--output", type=Path, default=Path("gemma_attention.csv"))
+    parser = command_parser(__doc__, "gemma_attention", instead_of="the reference", budget_s=300.0)
     arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        print("no CUDA device: TRITON_INTERPRET=1 and --device cpu run the script's logic without one", file=sys.stderr)
-        return 1
-    if arguments.device == "cpu" and not kernels.ON_CPU:
-        print("--device cpu runs the kernel in Triton's interpreter: set TRITON_INTERPRET=1", file=sys.stderr)
-        return 1
-    with arguments.output.open("w", newline="") as file, torch.no_grad():
-        session = Session.begin(arguments, file)
-        try:
-            ceilings(session)
-            for name, case in (CASES if session.on_gpu else TINY).items():
-                with session.part(name):
-                    (sweep if arguments.sweep else table)(session, name, case)
-        except OutOfTime as error:
-            print(f"out of time before: {error}", flush=True)
-    return 0
+
+    def work(session: Session) -> None:
+        ceilings(session)
+        for name, case in (CASES if session.on_gpu else TINY).items():
+            with session.part(name):
+                (sweep if arguments.sweep else table)(session, name, case)
+
+    return measure(arguments, work)
 
 
 if __name__ == "__main__":

@@ -11,20 +11,15 @@ graphs of many calls over tensors that stay in the cache as far as they fit, as 
 these are. `--sweep` compiles in parallel processes first.
 """
 
-import argparse
 import dataclasses
 import functools
-import multiprocessing
-import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
-from inductor_profile import OutOfTime, Session, operator_time, relative_rms, transformer_config
+from inductor_profile import Session, operator_time, transformer_config
+from tilings import command_parser, compile_ahead, compiles, hold_to, measure, try_tilings
 
 from sana_export.inductor.linear import FP8, INT8, LinearForm, linear
 from sana_kernels.mix_ffn_depthwise.quantization import narrow
@@ -176,50 +171,34 @@ def timed(session: Session, product: Product, what: str, work: Callable[[], obje
 
 def sweep(session: Session, found: Sequence[Product]) -> None:
     """Every tiling at every shape, the best last; results are held to those of the tiling that is checked."""
-    jobs = [(product.case, tile) for product in found for tile in tilings(session, product.case)]
-    if session.on_gpu:
-        started = time.monotonic()
-        failed = compiled_ahead(jobs)
-        session.row("build", "sweep", f"{len(jobs)} kernels, {failed} failed", time.monotonic() - started, "s")
+    # The side of the picture changes no kernel.
+    kinds = {
+        (dataclasses.replace(product.case, tokens=1024), tile)
+        for product in found
+        for tile in tilings(session, product.case)
+    }
+    compile_ahead(session, _compile, sorted(kinds, key=str))
     for product in found:
         with session.part(product.name):
-            checked(session, product)
-            inputs = make_inputs(product.case, session.device)
-            wanted, chosen = forward(product.case, inputs)[0], kernels.tiling
-            times = {}
-            for tile in tilings(session, product.case):
-                kernels.tiling = lambda *_, tile=tile: tile
-                try:
-                    y = forward(product.case, inputs)[0]
-                    error = relative_rms(y, wanted)
-                    # Two orders of sums, each rounded to bf16.
-                    if not error <= 2 * 2.0**-8:
-                        raise AssertionError(f"relative RMS {error:.3g} from the chosen tiling")
-                    times[tile] = timed(session, product, named(tile), lambda p=product, i=inputs: forward(p.case, i))
-                except Exception as error:
-                    note = f"{type(error).__name__}: {str(error)[:120]}".replace("\n", " ")
-                    session.row("failed", product.name, named(tile), 1, "failure", note)
-                finally:
-                    kernels.tiling = chosen
-            if times:
-                best = min(times, key=lambda tile: times[tile])
-                session.row("best", product.name, named(best), times[best], "us")
+            _sweep(session, product)
+
+
+def _sweep(session: Session, product: Product) -> None:
+    checked(session, product)
+    inputs = make_inputs(product.case, session.device)
+    wanted = forward(product.case, inputs)[0]
+
+    def time_us(tile: kernels.Tiling) -> float:
+        hold_to(wanted, forward(product.case, inputs)[0])
+        return timed(session, product, named(tile), lambda: forward(product.case, inputs))
+
+    try_tilings(session, product.name, kernels, tilings(session, product.case), named, time_us)
 
 
 def tilings(session: Session, case: Case) -> list[kernels.Tiling]:
     """Those to try for a case; the first few in a dry run."""
     wanted = TILINGS if session.on_gpu else TILINGS[3:5]
     return [kernels.Tiling(m, n, depth // itemsize(case), *rest) for m, n, depth, *rest in wanted]
-
-
-def compiled_ahead(jobs: Sequence[tuple[Case, kernels.Tiling]]) -> int:
-    """Compile into Triton's cache, which the timing then finds; returns how many kernels could not be."""
-    # The side of the picture changes no kernel.
-    kinds = {(dataclasses.replace(case, tokens=1024), tile) for case, tile in jobs}
-    workers = max(1, min(16, (os.cpu_count() or 1)))
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        return sum(not ok for ok in pool.map(_compile, sorted(kinds, key=str), chunksize=4))
 
 
 def _compile(job: tuple[Case, kernels.Tiling]) -> bool:
@@ -233,12 +212,7 @@ def _compile(job: tuple[Case, kernels.Tiling]) -> bool:
     virtual = tuple(None if t is None else t.to("meta") for t in tensors)
     numbers, constants = kernels.launch(virtual, case.limit, tile)
     pointers = [virtual[0] if t is None else t for t in virtual]
-    try:
-        kernels.scaled_linear_kernel.warmup(*pointers, *numbers, grid=(1,), **constants)
-    except Exception as error:
-        print(f"not compiled: {case} {named(tile)}: {type(error).__name__}: {str(error)[:200]}", flush=True)
-        return False
-    return True
+    return compiles(kernels.scaled_linear_kernel, (*pointers, *numbers), constants, f"{case} {named(tile)}")
 
 
 def named(tile: kernels.Tiling) -> str:
@@ -262,35 +236,16 @@ def itemsize(case: Case) -> int:
 
 def main() -> int:
     """Measure what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sweep", action="store_true", help="time every tiling instead of the libraries")
+    parser = command_parser(__doc__, "scaled_linear", instead_of="the libraries")
     parser.add_argument("--sizes", nargs="+", default=["0.6b", "1.6b"], choices=("0.6b", "1.6b", "tiny"))
     parser.add_argument("--sides", nargs="+", type=int, default=[1024, 4096], help="picture sides in pixels")
     parser.add_argument("--precisions", nargs="+", default=["fp8"], choices=tuple(FACTORS))
     parser.add_argument("--products", nargs="+", default=list(PRODUCTS), choices=PRODUCTS)
-    parser.add_argument(
-        "--budget-s", type=float, default=540.0, help="start no further product after this many seconds"
-    )
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--commit", default="", help="what the rows call the commit, where git cannot tell")
-    parser.add_argument("--output", type=Path, default=Path("scaled_linear.csv"))
     chosen = parser.parse_args()
-    if chosen.device == "cuda" and not torch.cuda.is_available():
-        print("no CUDA device: TRITON_INTERPRET=1 and --device cpu run the script's logic without one", file=sys.stderr)
-        return 1
-    if chosen.device == "cpu" and not kernels.ON_CPU:
-        print("--device cpu runs kernels in Triton's interpreter: set TRITON_INTERPRET=1", file=sys.stderr)
-        return 1
     torch.backends.cudnn.allow_tf32 = False
     found = [*products(chosen.sizes, chosen.sides, chosen.precisions)]
     found = [product for product in found if product.name.split()[-1] in chosen.products]
-    with chosen.output.open("w", newline="") as file, torch.no_grad():
-        session = Session.begin(chosen, file)
-        try:
-            (sweep if chosen.sweep else table)(session, found)
-        except OutOfTime as error:
-            print(f"out of time before: {error}", flush=True)
-    return 0
+    return measure(chosen, lambda session: (sweep if chosen.sweep else table)(session, found))
 
 
 if __name__ == "__main__":

@@ -10,19 +10,14 @@ twice the memory. Weights are taken in turn from as many copies as do not fit th
 of the product at this run's bf16 ceiling. gate_up is timed with the gate behind it.
 """
 
-import argparse
 import dataclasses
 import itertools
-import multiprocessing
-import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import torch
-from inductor_profile import OutOfTime, Session, catalogue, ceilings, operator_time, relative_rms
+from inductor_profile import Session, catalogue, ceilings, operator_time
+from tilings import command_parser, compile_ahead, compiles, hold_to, measure, try_tilings
 
 from sana_export.inductor.linear import INT8, LinearForm, gated_linear, linear
 from sana_export.inductor.text_encoder import TextEncoderLayout
@@ -155,35 +150,23 @@ def timed(session: Session, layer: Layer, what: str, work: Callable[[], object])
 
 def sweep(session: Session, found: Sequence[Layer]) -> None:
     """Every tiling at every shape, the best last; results are held to those of the tiling that is checked."""
-    jobs = [(layer.case, tile) for layer in found for tile in tilings(session, layer.case)]
-    if session.on_gpu:
-        started = time.monotonic()
-        workers = max(1, min(16, (os.cpu_count() or 1)))
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            failed = sum(not ok for ok in pool.map(_compile, jobs, chunksize=4))
-        session.row("build", "sweep", f"{len(jobs)} kernels, {failed} failed", time.monotonic() - started, "s")
+    compile_ahead(session, _compile, [(layer.case, tile) for layer in found for tile in tilings(session, layer.case)])
     for layer in found:
         with session.part(layer.name):
-            verify(layer.case, session.device, "triton")
-            inputs, chosen = make_inputs(layer.case, session.device), kernels.tiling
-            product = own_product(layer.case)
-            wanted, times = product(inputs), {}
-            for tile in tilings(session, layer.case):
-                kernels.tiling = lambda *_, tile=tile: tile
-                try:
-                    error = relative_rms(product(inputs), wanted)
-                    # Two orders of sums, each rounded to bf16.
-                    if not error <= 2 * 2.0**-8:
-                        raise AssertionError(f"relative RMS {error:.3g} from the chosen tiling")
-                    verify_exact_sums(layer.case, session.device, "triton")
-                    times[tile] = timed(session, layer, named(tile), in_turn(inputs, product))
-                except Exception as error:
-                    note = f"{type(error).__name__}: {str(error)[:120]}".replace("\n", " ")
-                    session.row("failed", layer.name, named(tile), 1, "failure", note)
-                finally:
-                    kernels.tiling = chosen
-            for tile in sorted(times, key=lambda tile: times[tile])[:3]:
-                session.row("best", layer.name, named(tile), times[tile], "us")
+            _sweep(session, layer)
+
+
+def _sweep(session: Session, layer: Layer) -> None:
+    verify(layer.case, session.device, "triton")
+    inputs, product = make_inputs(layer.case, session.device), own_product(layer.case)
+    wanted = product(inputs)
+
+    def time_us(tile: kernels.Tiling) -> float:
+        hold_to(wanted, product(inputs))
+        verify_exact_sums(layer.case, session.device, "triton")
+        return timed(session, layer, named(tile), in_turn(inputs, product))
+
+    try_tilings(session, layer.name, kernels, tilings(session, layer.case), named, time_us, best=3)
 
 
 def tilings(session: Session, case: Case) -> list[kernels.Tiling]:
@@ -207,13 +190,8 @@ def _compile(job: tuple[Case, kernels.Tiling]) -> bool:
     out = torch.empty(tile.parts, case.tokens, case.outputs // (1 + case.gated), dtype=dtype, device="meta")
     tensors = (x, weight, scale, None, out)
     numbers, constants = kernels.launch(tensors, tile, case.gated)
-    try:
-        pointers = [x if t is None else t for t in tensors]
-        kernels.weight_only_linear_kernel.warmup(*pointers, *numbers, grid=(1,), **constants)
-    except Exception as error:
-        print(f"not compiled: {case} {named(tile)}: {type(error).__name__}: {str(error)[:200]}", flush=True)
-        return False
-    return True
+    pointers = [x if t is None else t for t in tensors]
+    return compiles(kernels.weight_only_linear_kernel, (*pointers, *numbers), constants, f"{case} {named(tile)}")
 
 
 def named(tile: kernels.Tiling) -> str:
@@ -226,30 +204,13 @@ def named(tile: kernels.Tiling) -> str:
 
 def main() -> int:
     """Measure what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sweep", action="store_true", help="time every tiling instead of the library")
+    parser = command_parser(__doc__, "weight_only_linear", instead_of="the library")
     parser.add_argument("--sizes", default="gemma-2-2b", choices=("gemma-2-2b", "tiny"))
     parser.add_argument("--layers", nargs="+", help="only these: qkv, o_proj, gate_up, down_proj")
-    parser.add_argument("--budget-s", type=float, default=540.0, help="start no further layer after this many seconds")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--commit", default="", help="what the rows call the commit, where git cannot tell")
-    parser.add_argument("--output", type=Path, default=Path("weight_only_linear.csv"))
     chosen = parser.parse_args()
-    if chosen.device == "cuda" and not torch.cuda.is_available():
-        print("no CUDA device: TRITON_INTERPRET=1 and --device cpu run the script's logic without one", file=sys.stderr)
-        return 1
-    if chosen.device == "cpu" and not kernels.ON_CPU:
-        print("--device cpu runs kernels in Triton's interpreter: set TRITON_INTERPRET=1", file=sys.stderr)
-        return 1
     prefer_little_memory()  # as the engines run
     found = [layer for layer in layers(chosen.sizes) if layer.name in (chosen.layers or layer.name)]
-    with chosen.output.open("w", newline="") as file, torch.no_grad():
-        session = Session.begin(chosen, file)
-        try:
-            (sweep if chosen.sweep else table)(session, found)
-        except OutOfTime as error:
-            print(f"out of time before: {error}", flush=True)
-    return 0
+    return measure(chosen, lambda session: (sweep if chosen.sweep else table)(session, found))
 
 
 if __name__ == "__main__":
