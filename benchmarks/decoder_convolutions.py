@@ -15,6 +15,7 @@ whose rows these are. `--sweep` compiles in parallel processes first.
 """
 
 import dataclasses
+import functools
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -63,15 +64,15 @@ class Convolution(ABC):
     case: Any
     kernels: ClassVar[Any]
     kernel: ClassVar[Any]
-    # Of the products, in fp32 sums of their size: how many for each result.
-    depth: ClassVar[int]
+    # Products for each result and input channel.
+    taps: ClassVar[int]
 
     @property
     def flop(self) -> float:
         """Of one call."""
         case = self.case
         results = case.batch * case.height * case.width * case.outputs * (4 if self.kind == "upsample" else 1)
-        return 2.0 * results * self.depth * case.inputs
+        return 2.0 * results * self.taps * case.inputs
 
     @property
     def calls(self) -> int:
@@ -109,7 +110,7 @@ class Residual(Convolution):
     """Of a residual block: conv1 has bias, SiLU and codes behind it; conv2 nothing."""
 
     kind = "residual"
-    kernels, kernel, depth = residual_kernels, residual_kernels.scaled_convolution_kernel, 9
+    kernels, kernel, taps = residual_kernels, residual_kernels.scaled_convolution_kernel, 9
     verifiers = (residual_testing.verify, residual_testing.verify_codes)
 
     def tensors(self, device: str, height: int | None = None) -> tuple[torch.Tensor | None, ...]:
@@ -120,7 +121,7 @@ class Residual(Convolution):
     def forward(self, tensors: Sequence[torch.Tensor | None], *, codes: bool) -> torch.Tensor:
         case = self.case
         written = codes and case.out_dtype is not None
-        scale = torch.tensor(0.01, device=tensors[0].device) if written else None
+        scale = scale_on(tensors[0].device) if written else None
         return self.kernels.forward(*tensors, scale, case.silu, case.dtype, case.out_dtype if written else None)
 
     def peers(self, session: Session, tensors: Sequence[torch.Tensor | None]) -> Mapping[str, Work]:
@@ -148,7 +149,7 @@ class Upsample(Convolution):
     """In front of a stage's first residual block, whose codes it writes beside its result."""
 
     kind = "upsample"
-    kernels, kernel, depth = upsample_kernels, upsample_kernels.upsample_convolution_kernel, 4
+    kernels, kernel, taps = upsample_kernels, upsample_kernels.upsample_convolution_kernel, 4
     verifiers = (upsample_testing.verify, upsample_testing.verify_codes)
 
     def tensors(self, device: str, height: int | None = None) -> tuple[torch.Tensor | None, ...]:
@@ -156,12 +157,12 @@ class Upsample(Convolution):
         return (*upsample_testing.make_inputs(case, device)[0],)
 
     def forward(self, tensors: Sequence[torch.Tensor | None], *, codes: bool) -> torch.Tensor:
-        scale = torch.tensor(0.01, device=tensors[0].device) if codes else None
+        scale = scale_on(tensors[0].device) if codes else None
         return self.kernels.forward(*tensors, scale, self.case.out_dtype if codes else None)[0]
 
     def peers(self, session: Session, tensors: Sequence[torch.Tensor | None]) -> Mapping[str, Work]:
         x, weight, bias = (t for t in tensors if t is not None)
-        case, scale = self.case, torch.tensor(0.01, device=session.device)
+        case, scale = self.case, scale_on(x.device)
         shape = (case.outputs, case.inputs, 3, 3)
         whole = torch.randn(shape, device=session.device).to(case.dtype).contiguous(memory_format=torch.channels_last)
 
@@ -191,6 +192,12 @@ class Upsample(Convolution):
         pointers = (x, weight, bias, scale, out, written)
         constants = self.kernels.constants(x, out_dtype, tile, case.outputs)
         return (*pointers, pixels, case.height, case.width), constants
+
+
+@functools.cache
+def scale_on(device: torch.device) -> torch.Tensor:
+    """That of the codes; made once, as a copy to the device cannot be part of a graph."""
+    return torch.tensor(0.01, device=device)
 
 
 def virtual(dtype: torch.dtype, *sizes: int) -> torch.Tensor:
