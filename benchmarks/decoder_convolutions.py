@@ -26,6 +26,7 @@ from inductor_profile import Session, operator_time
 from tilings import Tiling, Work, command_parser, compile_ahead, compiled, compiles, hold_to, measure, try_tilings
 from torch.nn import functional as F
 
+from sana_kernels.machine import shared_bytes
 from sana_kernels.scaled_convolution import testing as residual_testing
 from sana_kernels.scaled_convolution import triton as residual_kernels
 from sana_kernels.upsample_convolution import testing as upsample_testing
@@ -42,12 +43,14 @@ TILINGS = (
     (128, 128, 64, 4, 4, 32),
     (128, 128, 128, 8, 3, 64),
     (128, 128, 128, 8, 4, 64),
+    (128, 256, 64, 8, 4, 64),
     (128, 256, 128, 8, 3, 64),
     (128, 256, 128, 8, 4, 64),
     (256, 128, 128, 8, 3, 32),
     (256, 128, 128, 8, 3, 64),
     (256, 128, 128, 8, 4, 32),
     (256, 128, 64, 8, 4, 32),
+    (256, 128, 64, 8, 4, 64),
     (256, 64, 128, 4, 3, 32),
     (64, 256, 128, 4, 3, 64),
     (64, 128, 128, 4, 4, 64),
@@ -246,7 +249,7 @@ def table(session: Session, found: Sequence[Convolution]) -> None:
 def _compare(session: Session, convolution: Convolution) -> None:
     checked(session, convolution)
     tensors = convolution.tensors(session.device)
-    name = f"triton {named(chosen_tiling(convolution))}"
+    name = f"triton {named(chosen_tiling(convolution, tensors[0].device))}"
     ours = timed(session, convolution, name, lambda: convolution.forward(tensors, codes=True))
     peers = convolution.peers(session, tensors)
     times = {name: timed(session, convolution, name, work) for name, work in peers.items()}
@@ -254,13 +257,12 @@ def _compare(session: Session, convolution: Convolution) -> None:
     session.row("speedup", convolution.name, f"{first} / triton", times[first] / ours, "x")
 
 
-def chosen_tiling(convolution: Convolution) -> Tiling:
+def chosen_tiling(convolution: Convolution, device: torch.device) -> Tiling:
     """What the kernel itself takes."""
     case = convolution.case
     pixels = case.batch * case.height * case.width
-    if convolution.kind == "upsample":
-        return convolution.kernels.tiling(pixels, case.outputs, case.dtype)
-    return convolution.kernels.tiling(pixels, case.outputs)
+    arguments = (pixels, case.outputs, case.dtype) if convolution.kind == "upsample" else (pixels, case.outputs)
+    return convolution.kernels.tiling(*arguments, shared_bytes(device))
 
 
 def checked(session: Session, convolution: Convolution) -> None:

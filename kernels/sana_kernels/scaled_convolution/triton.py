@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sana_kernels.machine import ON_CPU, UnsupportedByTriton
+from sana_kernels.machine import ON_CPU, UnsupportedByTriton, shared_bytes
 from sana_kernels.mix_ffn_depthwise.triton import DTYPES, inverse_scale, launcher, narrow, silu
 from sana_kernels.scaled_linear.triton import GROUP_M, QUANTIZED, halves, product, row_of, tile_of_program
 
@@ -175,14 +175,16 @@ class Tiling:
     part_channels: int
 
 
-def tiling(pixels: int, channels: int) -> Tiling:
-    """Of a convolution of `pixels` with `channels` results each.
+def tiling(pixels: int, channels: int, shared: int) -> Tiling:
+    """Of a convolution of `pixels` with `channels` results each, where a program has `shared` bytes of shared memory.
 
-    What was fastest on an H200 for the last stage of the decoder, 1024 px, and within 10 % of the fastest for the two
-    before it, of those whose factors in flight take at most 96 KiB of shared memory (see `scaled_linear.tiling`).
+    What was fastest on an H200 for the stages of the decoder, 1024 px, or within 2 % of it; of those whose factors in
+    flight take at most 96 KiB where not more is to be had.
     """
     if pixels <= 64 or channels <= 32:
         return Tiling(32, 64, 128, 4, 3, 64)
+    if channels > 128 and shared >= 200 << 10:
+        return Tiling(128, 256, 128, 8, 4, 64)
     return Tiling(128, 128, 128, 4, 3, 32)
 
 
@@ -223,7 +225,7 @@ def forward(
         return out
     channels = out.shape[-1]
     pixels = out.numel() // channels
-    tile = tiling(pixels, channels)
+    tile = tiling(pixels, channels, shared_bytes(x.device))
     tensors = (x, weight, activation_scale, weight_scale, bias, out_scale, out)
     numbers, constants = launch(tensors, silu, dtype, tile)
     pointers = [x if t is None else t.contiguous() for t in tensors]  # one that is never read may be any

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sana_kernels.machine import UnsupportedByTriton
+from sana_kernels.machine import UnsupportedByTriton, shared_bytes
 from sana_kernels.mix_ffn_depthwise import triton as mix_ffn_depthwise
 from sana_kernels.mix_ffn_depthwise.triton import inverse_scale, launcher, narrow
 from sana_kernels.scaled_linear.triton import GROUP_M, halves, product, row_of, tile_of_program
@@ -161,13 +161,13 @@ class Tiling:
     part_channels: int
 
 
-def tiling(pixels: int, channels: int, dtype: torch.dtype) -> Tiling:
-    """Of an upsampling of `pixels` to `channels` each. Factors in flight take at most 96 KiB of shared memory, what
-    every GPU since compute capability 8.0 gives a program.
-    """
+def tiling(pixels: int, channels: int, dtype: torch.dtype, shared: int) -> Tiling:
+    """Of an upsampling of `pixels` to `channels` each, where a program has `shared` bytes of shared memory."""
     depth = 128 // dtype.itemsize
     if pixels <= 64 or channels <= 32:
         return Tiling(32, 64, depth, 4, 3, 64)
+    if channels > 128 and shared >= 200 << 10:
+        return Tiling(128, 256, depth, 8, 4, 64)
     return Tiling(128, 128, depth, 4, 3, 32)
 
 
@@ -197,7 +197,7 @@ def forward(
     if out.numel() == 0:
         return out, codes
     pixels = batch * height * width
-    tile = tiling(pixels, channels, x.dtype)
+    tile = tiling(pixels, channels, x.dtype, shared_bytes(x.device))
     # One that is never read may be any.
     tensors = (
         x.contiguous(),
