@@ -8,9 +8,9 @@ once: each takes a few more rows than it gives, which the zeros beyond its edges
 rows together. Exact; the memory of a stage is then that of a window and of its result.
 
 Against `reference.dc_ae`: nearest upsampling and the convolution behind it are one 2x2 convolution with four times the
-channels on the small image (exact, 4 / 9 of the products), with all that follows it our kernel; the depthwise 5x5 is a
-sum of shifted products, which Inductor makes one pass of; the grouped 1x1 is a batched product; linear attention, the
-middle of Mix-FFN, 3x3 convolutions over codes and what follows them are our kernels.
+channels on the small image (exact, 4 / 9 of the products); the depthwise 5x5 is a sum of shifted products, which
+Inductor makes one pass of; the grouped 1x1 is a batched product; linear attention, the middle of Mix-FFN, 3x3
+convolutions over codes, those of residual blocks, and the norms behind them are our kernels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,6 @@ from sana_kernels.mix_ffn_depthwise import mix_ffn_depthwise
 from sana_kernels.modulated_norm import channel_rms_norm, channel_rms_norm_codes
 from sana_kernels.modulated_norm.api import Impl
 from sana_kernels.scaled_convolution import scaled_convolution, scaled_convolution_codes
-from sana_kernels.upsample_convolution import phase_weight, upsample_convolution, upsample_convolution_codes
 from sana_runtime.contract import PIXELS_PER_LATENT
 from sana_runtime.inductor_program import Call
 
@@ -166,18 +165,14 @@ def _join_piece(stage: int, count: int) -> Piece:
 
 def _stage(x: torch.Tensor, t: Tensors, layout: DecoderLayout, stage: int) -> torch.Tensor:
     config = layout.config
-    blocks = [f"stages.{stage}.blocks.{i}" for i in range(config.decoder_layers[stage])]
-    # What the first convolution of the block behind each place multiplies is written by what stands before it.
-    feeds = [f"{block}.conv1" for block in blocks] + [""]
-    if stage == len(config.decoder_channels) - 1:
-        pair = Pair(_stem(x, t, layout))
-    else:
-        pair = _upsampled(x, t, f"stages.{stage}.upsample", layout, feeds[0])
-    for i, block in enumerate(blocks):
+    first = stage == len(config.decoder_channels) - 1
+    pair = Pair(_stem(x, t, layout) if first else _upsampled(x, t, f"stages.{stage}.upsample", layout))
+    for i in range(config.decoder_layers[stage]):
+        name, behind = f"stages.{stage}.blocks.{i}", f"stages.{stage}.blocks.{i + 1}"
         if config.decoder_blocks[stage] == "ResBlock":
-            pair = _res_block(pair, t, block, layout, feeds[i + 1])
+            pair = _res_block(pair, t, name, layout, feeds=f"{behind}.conv1")
         else:
-            pair = Pair(_attention_block(pair.x, t, block, layout, bool(config.decoder_multiscales[stage])))
+            pair = Pair(_attention_block(pair.x, t, name, layout, bool(config.decoder_multiscales[stage])))
     return pair.x if stage else _pixels(pair.x, t)
 
 
@@ -218,6 +213,19 @@ def stored_weight(name: str, weight: torch.Tensor, upsampling: Upsampling = "pha
     if name.endswith(".upsample.weight") and upsampling == "phases":
         weight = phase_weight(weight)
     return weight.permute(0, 2, 3, 1).contiguous() if weight.ndim == 4 else weight
+
+
+def phase_weight(weight: torch.Tensor) -> torch.Tensor:
+    """The 2x2 weights [4 O, I, 2, 2] of the four output pixels of a nearest-upsampled 3x3 convolution [O, I, 3, 3].
+
+    Output row 2i sees the input rows i - 1, i, i; row 2i + 1 sees i, i, i + 1; columns likewise. Phase 2a + b is that
+    of row a and column b. Sums are formed in fp32.
+    """
+    low = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
+    high = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    maps = torch.stack([low, high]).to(weight.device)  # [phase, 2, 3]
+    phases = torch.einsum("aky,blx,oiyx->aboikl", maps, maps, weight.float())
+    return phases.flatten(0, 2).to(weight.dtype)
 
 
 def _stem(latent: torch.Tensor, t: Tensors, layout: DecoderLayout) -> torch.Tensor:
@@ -270,7 +278,7 @@ def _res_block(pair: Pair, t: Tensors, name: str, layout: DecoderLayout, feeds: 
 
 
 def _codes_for(feeds: str, t: Tensors, layout: DecoderLayout) -> dict[str, Any]:
-    """Scale and dtype of the codes that the convolution `feeds` takes; none where it is not quantised, or smoothed."""
+    """Scale and dtype of the codes that the convolution `feeds` takes; none if it is absent, in 16 bits or smoothed."""
     form = layout.forms.get(feeds)
     if form is None or form.smooth:
         return {}
@@ -301,21 +309,22 @@ def _scaled(
     )
 
 
-def _upsampled(x: torch.Tensor, t: Tensors, name: str, layout: DecoderLayout, feeds: str) -> Pair:
+def _upsampled(x: torch.Tensor, t: Tensors, name: str, layout: DecoderLayout) -> torch.Tensor:
     """Upsampling convolution plus the shortcut: the pixel shuffle of repeated channels."""
-    weight, bias = t[f"{name}.weight"], t[f"{name}.bias"]
+    batch, height, width, inputs = x.shape
+    outputs = t[f"{name}.bias"].shape[0]
+    shortcut = x.repeat_interleave(4 * outputs // inputs, dim=-1).unflatten(-1, (outputs, 2, 2))
+    shortcut = shortcut.permute(0, 1, 4, 2, 5, 3).reshape(batch, 2 * height, 2 * width, outputs)
     if layout.upsampling == "interpolate":
-        batch, height, width, inputs = x.shape
-        outputs = bias.shape[0]
-        shortcut = x.repeat_interleave(4 * outputs // inputs, dim=-1).unflatten(-1, (outputs, 2, 2))
-        shortcut = shortcut.permute(0, 1, 4, 2, 5, 3).reshape(batch, 2 * height, 2 * width, outputs)
         large = _last(F.interpolate(_first(x), scale_factor=2.0, mode="nearest"))
-        return Pair(_convolution(large, t, name) + shortcut)
-    # The kernel was slower than the library and a compiled pass: 3.8 ms for 1.5 at 1024 px on an H200.
-    impl = "reference"
-    if codes := _codes_for(feeds, t, layout):
-        return Pair(*upsample_convolution_codes(x, weight, bias, **codes, impl=impl))
-    return Pair(upsample_convolution(x, weight, bias, impl=impl))
+        return _convolution(large, t, name) + shortcut
+    # [B, H + 1, W + 1, 4 O]: row i of phase a belongs to output row 2 (i - a) + a.
+    phases = _last(F.conv2d(_first(x), _first(t[f"{name}.weight"]), padding=1)).unflatten(-1, (2, 2, outputs))
+    rows = [
+        torch.stack([phases[:, a : a + height, b : b + width, a, b] for b in (0, 1)], dim=3) for a in (0, 1)
+    ]  # [B, H, W, 2, O] each
+    out = torch.stack(rows, dim=2).reshape(batch, 2 * height, 2 * width, outputs)
+    return out + t[f"{name}.bias"] + shortcut
 
 
 def _attention_block(x: torch.Tensor, t: Tensors, name: str, layout: DecoderLayout, multiscale: bool) -> torch.Tensor:

@@ -28,6 +28,7 @@ from sana_export.inductor.decoder import (
     decoder_calls,
     decoder_pieces,
     decoder_weights,
+    phase_weight,
     stored_weight,
 )
 from sana_export.inductor.linear import FP8, INT8, LinearForm, linear
@@ -39,7 +40,7 @@ from sana_export.reference.dc_ae import AutoencoderConfig
 from sana_export.weights.checkpoint import Checkpoint, open_checkpoint
 from sana_kernels.linear_attention import linear_attention
 from sana_kernels.mix_ffn_depthwise import tap_major
-from sana_kernels.upsample_convolution import phase_weight
+from sana_kernels.modulated_norm import channel_rms_norm_codes
 from sana_runtime.contract import COMPONENTS, ComponentName, PrecisionName, TensorSpec
 from sana_runtime.errors import TargetError
 from sana_runtime.inductor_program import Call, run_calls
@@ -383,20 +384,14 @@ def test_quantised_convolutions_are_those_of_the_fake_quantised_decoder(name: st
 def test_codes_of_a_residual_block_are_written_by_what_stands_before(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the upsampling and by the block before; unless they must be multiplied with factors first."""
-    written: dict[str, list[torch.dtype]] = {"upsample_convolution_codes": [], "channel_rms_norm_codes": []}
+    """By the norm of the block before, unless they must be multiplied with factors first."""
+    written: list[torch.dtype] = []
 
-    def spied(op: str) -> Any:
-        function = getattr(decoder, op)
+    def spy(*arguments: torch.Tensor, **options: Any) -> object:
+        written.append(options["out_dtype"])
+        return channel_rms_norm_codes(*arguments, **options)
 
-        def spy(*arguments: torch.Tensor, **options: Any) -> object:
-            written[op].append(options["out_dtype"])
-            return function(*arguments, **options)
-
-        return spy
-
-    for op in written:
-        monkeypatch.setattr(decoder, op, spied(op))
+    monkeypatch.setattr(decoder, "channel_rms_norm_codes", spy)
     plan = plan_of("random:tiny", "fp32", "vae_decoder")
     rules = {} if name == "bf16" else rules_of(RECIPES["int8" if name == "smoothed" else name](), plan)
     channels = AutoencoderConfig.from_upstream(checkpoint("random:tiny").vae_config).decoder_channels
@@ -406,10 +401,7 @@ def test_codes_of_a_residual_block_are_written_by_what_stands_before(
         scales = {layer: LayerScales(3.0, factors[layer]) for layer in rules}
     run_prepared(prepared_for("random:tiny", plan, rules, scales), plan, feeds_of(plan))
     dtype = {"fp8": FP8, "int8": INT8}.get(name)
-    assert written == {
-        "upsample_convolution_codes": [dtype] * 3 if dtype else [],
-        "channel_rms_norm_codes": [dtype] * 6 if dtype else [],
-    }
+    assert written == ([dtype] * 6 if dtype else [])
 
 
 @pytest.mark.parametrize(("name", "written"), [("fp8", FP8), ("int8", None), ("int8-weight-only", None)])

@@ -10,7 +10,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 COMMANDS = {
-    "decoder_convolutions.py": ["--side", "32", "--stages", "tiny"],
+    "scaled_convolution.py": ["--side", "32", "--stages", "tiny"],
     "gemma_attention.py": [],
     "scaled_linear.py": ["--sizes", "tiny", "--sides", "64", "--products", "to_out"],
     "weight_only_linear.py": ["--sizes", "tiny", "--layers", "gate_up"],
@@ -18,7 +18,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize(
-    ("script", "sweep"), [*((script, True) for script in COMMANDS), ("decoder_convolutions.py", False)]
+    ("script", "sweep"), [*((script, True) for script in COMMANDS), ("scaled_convolution.py", False)]
 )
 def test_a_dry_run_writes_its_rows(script: str, sweep: bool, tmp_path: Path) -> None:
     pytest.importorskip("triton")
