@@ -6,6 +6,7 @@ order of the prompts, so an interrupted run goes on where it stopped and ends at
 
 import gc
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
@@ -50,6 +51,8 @@ StepModule = Callable[..., tuple[torch.Tensor, ...]]
 # (fraction of the whole calibration that is done, what is being done)
 OnProgress = Callable[[float, str], None]
 _OBSERVED = "observed/"
+# Sums are written again when that many times longer has been worked than the last writing took.
+_WORK_PER_WRITE = 20
 # The empty negative prompt's place before the first prompt: its caption is the same for all of them.
 NEGATIVE = -1
 
@@ -302,11 +305,14 @@ def _observe_component(
             observing(module, prefix, rules, num_steps) as observers,
             gathering(module, prefix, rules) as grams,
         ):
-            for index in missing:
-                result = _run_prompt(run, name, module, observers, folder, index, progress)
-                _add_grams(_grams_file(folder, name), index, grams)
-                _write(_file(folder, name, index), result, observers.take())
-                progress.passed(name)
+            kept = _Kept(folder, name, grams)
+            try:
+                for index in missing:
+                    result = _run_prompt(run, name, module, observers, folder, index, progress)
+                    kept.add(index, result, observers.take())
+                    progress.passed(name)
+            finally:
+                kept.write()
     merged: dict[str, Observation] = {}
     for index in items:
         for layer, observation in _observations(_needed(_file(folder, name, index))).items():
@@ -380,20 +386,44 @@ def _grams_file(folder: Path, component: ComponentName) -> Path:
     return folder / component / "grams.safetensors"
 
 
-def _add_grams(path: Path, index: int, grams: Mapping[str, torch.Tensor]) -> None:
-    """Add what one prompt gave, and clear it. A prompt that is in the file already was cut off before its own file was
-    written, and is not added twice.
+class _Kept:
+    """What prompts gave, until it is written: the sums of all of them into one file, then each prompt's own.
+
+    The sums of a large model are gigabytes, so they are written when that takes a small part of the time.
     """
-    if not grams:
-        return
-    arrays = _read(path) or {}
-    added = arrays.get("prompts", np.empty(0, np.int64))
-    for layer, gram in grams.items():
-        if index not in added:
-            arrays[layer] = gram.cpu().numpy() + arrays.get(layer, np.float32(0))
-        gram.zero_()
-    with whole_file(path) as temporary:
-        save_file({**arrays, "prompts": np.union1d(added, [index])}, temporary)
+
+    def __init__(self, folder: Path, component: ComponentName, grams: Mapping[str, torch.Tensor]) -> None:
+        self._folder, self._component, self._grams = folder, component, grams
+        self._sums = (_read(_grams_file(folder, component)) or {}) if grams else {}
+        self._added = self._sums.pop("prompts", np.empty(0, np.int64))
+        self._prompts: dict[int, tuple[Arrays, Mapping[str, Observation]]] = {}
+        self._due = 0.0
+
+    def add(self, index: int, result: Arrays, observations: Mapping[str, Observation]) -> None:
+        """Take over one prompt and clear its sums. A prompt that is among the written sums already was cut off before
+        its own file was written, and is not added twice.
+        """
+        for layer, gram in self._grams.items():
+            if index not in self._added:
+                self._sums[layer] = gram.cpu().numpy() + self._sums.get(layer, np.float32(0))
+            gram.zero_()
+        self._added = np.union1d(self._added, [index])
+        self._prompts[index] = result, observations
+        if time.monotonic() >= self._due:
+            self.write()
+
+    def write(self) -> None:
+        """Whatever is not written yet."""
+        if not self._prompts:
+            return
+        started = time.monotonic()
+        if self._grams:
+            with whole_file(_grams_file(self._folder, self._component)) as temporary:
+                save_file({**self._sums, "prompts": self._added}, temporary)
+            self._due = time.monotonic() + _WORK_PER_WRITE * (time.monotonic() - started)
+        for index, (result, observations) in self._prompts.items():
+            _write(_file(self._folder, self._component, index), result, observations)
+        self._prompts.clear()
 
 
 def _rounded(
@@ -410,7 +440,7 @@ def _rounded(
     kept = _read(path)
     if kept is None:
         dtype = getattr(torch, base_dtype)
-        gram = torch.from_numpy(_needed(_grams_file(folder, component))[layer]).to(device)
+        gram = torch.from_numpy(_needed(_grams_file(folder, component), layer)[layer]).to(device)
         found = gptq(weight(layer).to(device, dtype).float(), gram, rule, dtype)
         kept = {"codes": found.values.cpu().numpy(), "scale": found.scale.cpu().numpy()}
         with whole_file(path) as temporary:
@@ -418,17 +448,19 @@ def _rounded(
     return LayerScales(None, weight_codes=kept["codes"], weight_scale=kept["scale"])
 
 
-def _read(path: Path) -> Arrays | None:
-    """The file's arrays, None if it is not there or not whole: then the prompt is run again."""
+def _read(path: Path, tensor: str | None = None) -> Arrays | None:
+    """The file's arrays, or one of them; None if it is not there or not whole: then the prompt is run again."""
     try:
-        arrays: Arrays = load_file(path)
+        if tensor is None:
+            return load_file(path)
+        with safe_open(path, framework="numpy") as file:
+            return {tensor: file.get_tensor(tensor)}
     except (FileNotFoundError, SafetensorError):
         return None
-    return arrays
 
 
-def _needed(path: Path) -> Arrays:
-    arrays = _read(path)
+def _needed(path: Path, tensor: str | None = None) -> Arrays:
+    arrays = _read(path, tensor)
     if arrays is None:
         raise InputError(
             f"{path} was removed or changed during the calibration",

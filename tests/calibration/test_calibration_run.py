@@ -14,6 +14,7 @@ from sana_calibration.quantize import quantize_weight
 from sana_calibration.recipe import LayerRule, PerTensor, Recipe, load_recipe
 from sana_calibration.rules import Exclusion
 from sana_calibration.scales import Scales
+from sana_export import calibration_run
 from sana_export.calibration_run import NEGATIVE, DenoisingRun, calibrate, rules_of
 from sana_export.weights.architecture import ReferenceComponent
 from sana_export.weights.checkpoint import Checkpoint, open_checkpoint
@@ -123,6 +124,26 @@ def test_a_prompt_cut_off_behind_its_sums_is_not_added_twice(tmp_path: Path) -> 
     for rounded in tmp_path.glob("*/transformer/rounded/*"):
         rounded.unlink()
     assert run(tmp_path, rounding()).digest == whole.digest
+
+
+def test_prompts_whose_sums_are_not_written_yet_are_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where writing is slow it is rare; a kill, which leaves no time to write, costs more than the prompt it met."""
+    monkeypatch.setattr(calibration_run, "_WORK_PER_WRITE", 1e9)
+    whole = run(tmp_path / "a", rounding())
+    killed = pytest.MonkeyPatch()
+
+    def kill(_: float, text: str) -> None:
+        if text.startswith("transformer, prompt 3 of 3, step 2"):
+            killed.setattr(calibration_run._Kept, "write", lambda kept: None)
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run(tmp_path / "b", rounding(), on_progress=kill)
+    killed.undo()
+    redone: list[str] = []
+    assert run(tmp_path / "b", rounding(), on_progress=lambda _, text: redone.append(text)).digest == whole.digest
+    assert not any(text.startswith("transformer, prompt 1 of 3") for text in redone)
+    assert any(text.startswith("transformer, prompt 2 of 3") for text in redone)
 
 
 def test_codes_are_those_for_what_the_layer_saw(tmp_path: Path) -> None:
