@@ -19,4 +19,5 @@ def shared_bytes(device: torch.device) -> int:
     """The shared memory that a program can have on this device; off a GPU, what it has on every one."""
     if device.type != "cuda":
         return COMMON_SHARED_BYTES
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", COMMON_SHARED_BYTES))  # unknown to older PyTorch
