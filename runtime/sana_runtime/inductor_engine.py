@@ -31,6 +31,8 @@ PROGRAM_NAME = "inductor.json"
 _MIB = 1 << 20
 # Captions and scalars are, latents are not.
 _REMEMBERED_BYTES = 1 << 16
+# A picture of 1024 px is 3 MiB.
+_STAGING_BYTES = 4 << 20
 # Before a capture, so that kernels are loaded and libraries have chosen theirs.
 _WARM_UPS = 2
 # Rows of a schedule start at multiples of this many fp32 numbers: compiled code takes its inputs to be aligned.
@@ -108,10 +110,19 @@ class TorchMemory(DeviceMemory):
         return DeviceTensor(spec, self, tensor.data_ptr(), tensor)
 
     def download(self, tensor: DeviceTensor) -> npt.NDArray[np.generic]:
-        content = _buffer(tensor).cpu()
-        if tensor.spec.dtype == "bfloat16":
-            content = content.view(self.torch.int16)
-        return content.numpy().view(host_dtype(tensor.spec.dtype)).copy()
+        content = np.empty(tensor.spec.shape, host_dtype(tensor.spec.dtype))
+        source = _buffer(tensor).reshape(-1).view(self.torch.uint8)
+        target = self.torch.from_numpy(content.reshape(-1).view(np.uint8))
+        if self.device.type == "cuda":
+            copy_in_parts(source, target, self._staging, self.torch.cuda.current_stream(self.device).synchronize)
+        else:
+            target.copy_(source)
+        return content
+
+    @cached_property
+    def _staging(self) -> Any:
+        """Memory that the device writes to by itself; into any other its driver copies, which takes far longer."""
+        return self.torch.empty(_STAGING_BYTES, dtype=self.torch.uint8, pin_memory=True)
 
     def content(self, tensor: DeviceTensor) -> npt.NDArray[np.generic]:
         """`download` without waiting for the device where the host knows what it uploaded. Not to be written to."""
@@ -162,6 +173,16 @@ class TorchMemory(DeviceMemory):
 
     def _copy_bytes(self, source: int, target: int, count: int) -> None:
         raise NotImplementedError("tensors of PyTorch are copied as tensors")
+
+
+def copy_in_parts(source: Any, target: Any, staging: Any, wait: Callable[[], None]) -> None:
+    """Copy the bytes of the tensor `source` to `target` through `staging`; `wait` until what is queued is done."""
+    for start in range(0, len(target), len(staging)):
+        end = min(start + len(staging), len(target))
+        part = staging[: end - start]
+        part.copy_(source[start:end], non_blocking=True)
+        wait()
+        target[start:end].copy_(part)
 
 
 class InductorBackend(Backend):

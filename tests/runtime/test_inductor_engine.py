@@ -286,9 +286,10 @@ def test_a_loop_checks_its_tensors(tmp_path: Path, prompts: list[int]) -> None:
         engine.execute_loop({"latent": inputs["latent"]}, outputs, {}, 1)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int64", "uint8"])
-def test_memory_holds_what_was_uploaded(dtype: str) -> None:
-    memory = inductor.TorchMemory("cpu")
+def test_memory_holds_what_was_uploaded(dtype: str, device: str) -> None:
+    memory = inductor.TorchMemory(device)
     host = inductor.host_dtype(dtype)
     content = np.arange(1, 13).astype(host).reshape(3, 4)
     tensor = memory.tensor(content, TensorSpec("t", dtype, (3, 4)))
@@ -306,6 +307,27 @@ def test_a_copy_on_the_host_does_not_change_the_tensor() -> None:
     copy = tensor.numpy()
     copy[:] = 7
     np.testing.assert_array_equal(tensor.numpy(), np.ones(3, np.float32))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_pictures_larger_than_the_staging_memory_arrive_whole(device: str) -> None:
+    """In parts, the last one shorter: 9.2 MB of which no two rows are the same; and a single number."""
+    memory = inductor.TorchMemory(device)
+    content = np.random.default_rng(0).integers(0, 256, (1, 1600, 1920, 3)).astype(np.uint8)
+    assert content.nbytes > 2 * inductor._STAGING_BYTES
+    image = memory.tensor(content, TensorSpec("image", "uint8", content.shape))
+    np.testing.assert_array_equal(image.numpy(), content)
+    assert memory.tensor(2.5, TensorSpec("guidance_scale", F32, ())).numpy() == 2.5
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, 12, 13])
+def test_copies_in_parts_wait_for_each(size: int) -> None:
+    source = torch.arange(size, dtype=torch.uint8)
+    target, staging = torch.zeros_like(source), torch.empty(4, dtype=torch.uint8)
+    waits: list[int] = []
+    inductor.copy_in_parts(source, target, staging, lambda: waits.append(int(target.count_nonzero())))
+    assert torch.equal(target, source)
+    assert waits == [max(start - 1, 0) for start in range(0, size, 4)]
 
 
 def test_what_was_uploaded_is_known_until_something_else_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
