@@ -202,6 +202,7 @@ def _recipe(job: _Job, kernels: Any, tilings: "Tilings") -> tuple[Any, dict[str,
         "QK_NORM": job.qk_norm,
         "HEAD_DIM": job.head_dim,
         "BLOCK_N": tiling.block_rows,
+        "BY_HEAD": False,
     }
     kernel = _quick_entry(job) if job.plugin_form == "quick" else getattr(kernels, f"{job.role}_kernel")
     return kernel, {name: constants[name] for name in kernel.arg_names if name.isupper()}, tiling

@@ -36,7 +36,7 @@ def state_quick(
     BLOCK_N: tl.constexpr,
 ) -> None:
     """qkv -> parts. The pointers of qk-norm are not read without it."""
-    state_kernel(qkv_ptr, parts_ptr, qkv_ptr, parts_ptr, tokens, channels, rows, False, HEAD_DIM, BLOCK_N)
+    state_kernel(qkv_ptr, parts_ptr, qkv_ptr, parts_ptr, tokens, channels, rows, False, HEAD_DIM, BLOCK_N, False)
 
 
 @triton.jit
@@ -52,7 +52,9 @@ def normed_state_quick(
     BLOCK_N: tl.constexpr,
 ) -> None:
     """qkv, key_scale, norm_k_weight -> parts."""
-    state_kernel(qkv_ptr, key_scale_ptr, norm_k_weight_ptr, parts_ptr, tokens, channels, rows, True, HEAD_DIM, BLOCK_N)
+    state_kernel(
+        qkv_ptr, key_scale_ptr, norm_k_weight_ptr, parts_ptr, tokens, channels, rows, True, HEAD_DIM, BLOCK_N, False
+    )
 
 
 @triton.jit
@@ -70,7 +72,9 @@ def apply_quick(
 ) -> None:
     """qkv, parts -> out."""
     eps = eps_bits.to(tl.float32, bitcast=True)
-    apply_kernel(qkv_ptr, qkv_ptr, parts_ptr, out_ptr, tokens, channels, rows, splits, eps, False, HEAD_DIM, BLOCK_N)
+    apply_kernel(
+        qkv_ptr, qkv_ptr, parts_ptr, out_ptr, tokens, channels, rows, splits, eps, False, HEAD_DIM, BLOCK_N, False
+    )
 
 
 @triton.jit
@@ -90,5 +94,17 @@ def normed_apply_quick(
     """qkv, parts, norm_q_weight -> out."""
     eps = eps_bits.to(tl.float32, bitcast=True)
     apply_kernel(
-        qkv_ptr, norm_q_weight_ptr, parts_ptr, out_ptr, tokens, channels, rows, splits, eps, True, HEAD_DIM, BLOCK_N
+        qkv_ptr,
+        norm_q_weight_ptr,
+        parts_ptr,
+        out_ptr,
+        tokens,
+        channels,
+        rows,
+        splits,
+        eps,
+        True,
+        HEAD_DIM,
+        BLOCK_N,
+        False,
     )

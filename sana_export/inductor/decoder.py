@@ -336,7 +336,7 @@ def _attention_block(x: torch.Tensor, t: Tensors, name: str, layout: DecoderLayo
     qkv = F.linear(tokens, t[f"{attention}.qkv.weight"])
     out = linear_attention(qkv, head_dim=head_dim, impl=layout.impl)
     if multiscale:
-        mixed = _mixed(qkv.unflatten(1, (height, width)), t, f"{attention}.multiscale", layout).flatten(1, 2)
+        mixed = _mixed(qkv.unflatten(1, (height, width)), t, f"{attention}.multiscale", layout)
         out = torch.cat([out, linear_attention(mixed, head_dim=head_dim, impl=layout.impl)], dim=-1)
     tokens = tokens + _norm(F.linear(out, t[f"{attention}.to_out.weight"]), t, f"{attention}.norm")
     hidden = F.linear(tokens, t[f"{ffn}.conv_inverted.weight"])
@@ -354,7 +354,7 @@ def _attention_block(x: torch.Tensor, t: Tensors, name: str, layout: DecoderLayo
 
 
 def _mixed(x: torch.Tensor, t: Tensors, name: str, layout: DecoderLayout) -> torch.Tensor:
-    """Depthwise 5x5, then grouped 1x1, over the packed q/k/v [B, H, W, 3C]."""
+    """Depthwise 5x5, then grouped 1x1, over the packed q/k/v [B, H, W, 3C] -> q/k/v for linear attention."""
     taps, groups = t[f"{name}.conv_depth.weight"], t[f"{name}.conv_group.weight"]
     channels = x.shape[-1]
     if layout.depthwise == "library":
@@ -365,9 +365,10 @@ def _mixed(x: torch.Tensor, t: Tensors, name: str, layout: DecoderLayout) -> tor
         x = shifted_sum(x, taps)
     if layout.grouped == "library":
         weight = groups.flatten(0, 1)[:, :, None, None]
-        return _last(F.conv2d(_first(x), weight, groups=groups.shape[0]))
+        return _last(F.conv2d(_first(x), weight, groups=groups.shape[0])).flatten(1, 2)
     rows = x.flatten(0, 2).unflatten(-1, groups.shape[::2]).transpose(0, 1)  # [groups, N, I]
-    return torch.bmm(rows, groups.transpose(1, 2)).transpose(0, 1).reshape(x.shape)
+    # A group is one head of q, k or v: linear attention reads it where the product leaves it.
+    return torch.bmm(rows, groups.transpose(1, 2)).unflatten(1, (x.shape[0], -1)).transpose(0, 1)
 
 
 def shifted_sum(x: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:

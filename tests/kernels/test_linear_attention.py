@@ -21,6 +21,7 @@ from sana_kernels.linear_attention.testing import (
     oracle,
     reference_results,
     verify,
+    verify_by_head,
     verify_codes,
 )
 from sana_kernels.mix_ffn_depthwise.testing import compile_ahead
@@ -53,6 +54,8 @@ allowances = {torch.bfloat16: 2.0}
 for case in floats:
     found = testing.verify(case, "cpu", "triton", allowance=allowances.get(case.dtype, 1.0))
     assert len(found) == (4 if case.qk_norm else 2)
+    if not case.qk_norm:
+        testing.verify_by_head(case, "cpu", "triton")
 for case in codes:
     assert testing.verify_codes(case, "cpu", "triton").values
 print(len(floats) + len(codes))
@@ -62,6 +65,11 @@ print(len(floats) + len(codes))
 @pytest.mark.parametrize("case", INTERPRETED, ids=str)
 def test_op_on_the_cpu_matches_the_oracle(case: Case) -> None:
     assert len(verify(case, "cpu", None)) == (4 if case.qk_norm else 2)
+
+
+@pytest.mark.parametrize("case", [case for case in INTERPRETED if not case.qk_norm], ids=str)
+def test_heads_one_by_one_give_the_same_on_the_cpu(case: Case) -> None:
+    verify_by_head(case, "cpu", None)
 
 
 @pytest.mark.parametrize("case", CODES_INTERPRETED, ids=str)
@@ -88,6 +96,9 @@ def test_op_is_well_formed(qk_norm: bool) -> None:
     arguments = (inputs.qkv, *weights, 32, 1e-15, 1e-5)
     library.opcheck(torch.ops.sana.linear_attention.default, arguments)
     library.opcheck(torch.ops.sana.linear_attention.default, (*arguments, torch.tensor(0.01), FP8))
+    if not qk_norm:
+        heads = torch.randn(2, 6, 10, 32, requires_grad=True)
+        library.opcheck(torch.ops.sana.linear_attention.default, (heads, None, None, 32, 1e-15, 1e-5))
 
 
 def test_codes_have_no_gradient_and_the_shape_of_the_result() -> None:
@@ -132,6 +143,14 @@ def test_wrong_norm_weights_are_refused() -> None:
         linear_attention(torch.ones(1, 4, 96), torch.ones(31), torch.ones(32), head_dim=32)
     with pytest.raises(ValueError, match="given together"):
         linear_attention(torch.ones(1, 4, 96), torch.ones(32), head_dim=32)
+    with pytest.raises(ValueError, match=r"norms need packed qkv .*got \(1, 3, 4, 32\)"):
+        linear_attention(torch.ones(1, 3, 4, 32), torch.ones(32), torch.ones(32), head_dim=32)
+
+
+@pytest.mark.parametrize("shape", [(4, 96), (1, 4, 95), (1, 4, 4, 32), (1, 3, 4, 16)], ids=str)
+def test_wrong_shapes_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"qkv must be \[B, N, 3C\].* or \[B, 3 heads, N, 32\]"):
+        linear_attention(torch.ones(shape), head_dim=32)
 
 
 @pytest.mark.parametrize("name", ["key_rms_kernel", "apply_kernel", "query_backward_kernel"])
@@ -144,7 +163,7 @@ def test_fp64_scalars_do_not_spread(name: str) -> None:
     from sana_kernels.linear_attention import triton as kernels
 
     kernel = getattr(kernels, name)
-    blocks = {"QK_NORM": True, "HEAD_DIM": 32, "BLOCK_N": 32, "BLOCK_ROWS": 4, "BLOCK_C": 128}
+    blocks = {"QK_NORM": True, "HEAD_DIM": 32, "BLOCK_N": 32, "BLOCK_ROWS": 4, "BLOCK_C": 128, "BY_HEAD": False}
     constants = {key: value for key, value in blocks.items() if key in kernel.arg_names}
     types = {
         argument: "*fp32" if argument.endswith("_ptr") else "fp64" if "eps" in argument else "i32"
@@ -163,7 +182,7 @@ def test_the_kernel_that_writes_codes_compiles_without_a_gpu(capability: int) ->
     tile = kernels.tilings(2, 32).apply
     types = dict.fromkeys(("qkv", "norm_q_weight"), "*bf16") | dict.fromkeys(("parts", "scale"), "*fp32")
     types |= {"out": "*fp8e4nv" if capability >= 89 else "*i8", "eps": "fp32"}
-    constants = {"QK_NORM": False, "HEAD_DIM": 32, "BLOCK_N": tile.block_rows}
+    constants = {"QK_NORM": False, "HEAD_DIM": 32, "BLOCK_N": tile.block_rows, "BY_HEAD": True}
     compiled = compile_ahead(kernels.apply_codes_kernel, capability, types, constants, tile.num_warps)
     assert f".target sm_{capability}" in compiled.asm["ptx"]
 
@@ -238,6 +257,14 @@ OTHERS = [
 @pytest.mark.parametrize("case", HALF + OTHERS, ids=str)
 def test_triton_matches_the_oracle(case: Case) -> None:
     assert len(verify(case, "cuda", "triton", seed=case.tokens)) == (4 if case.qk_norm else 2)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("case", [Case(1, 16384, 512), Case(2, 1000, 96, dtype=torch.float32)], ids=str)
+def test_heads_one_by_one_give_the_same(case: Case) -> None:
+    verify_by_head(case, "cuda", "triton")
 
 
 CODES = [

@@ -70,7 +70,9 @@ def _(
     out_scale: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    return qkv.new_empty((*qkv.shape[:-1], qkv.shape[-1] // 3), dtype=out_dtype or qkv.dtype)
+    batch, *_, tokens, width = qkv.shape
+    channels = (width if qkv.ndim == 3 else qkv.shape[1] * width) // 3
+    return qkv.new_empty((batch, tokens, channels), dtype=out_dtype or qkv.dtype)
 
 
 @library.custom_op("sana::linear_attention_backward", mutates_args=())
@@ -135,15 +137,17 @@ def linear_attention(
 ) -> torch.Tensor:
     """ReLU linear attention: qkv [B, N, 3C] packed [q | k | v] -> a new tensor [B, N, C], fp32 inside.
 
-    `norm_q_weight`, `norm_k_weight` [C] are given together or not at all. The result has the dtype of qkv; with
+    Also qkv [B, 3 heads, N, head_dim]: the heads of q, those of k, those of v, as a batched product leaves them; with
+    contiguous heads it is read as it is. `norm_q_weight`, `norm_k_weight` [C] are given together or not at all, with
+    packed qkv alone. The result has the dtype of qkv; with
     `out_dtype` float8_e4m3fn or int8 and `out_scale` (one float32 number on qkv's device, amax / 448 or amax / 127) it
     is saturate(round_half_even(result / out_scale)), without gradient.
     `impl`: "reference" is eager PyTorch, "triton" the kernels; None takes the kernels for CUDA tensors where
     Triton is installed, the reference otherwise, and is the one op that torch.export and the ONNX exporter see.
 
     Raises ValueError for a channel count that is not three times a multiple of `head_dim`, for one norm weight
-    without the other, for a scale without 8-bit dtype or the other way round, and for tensors the chosen
-    implementation cannot run; nothing falls back silently.
+    without the other, or with heads one by one, for a scale without 8-bit dtype or the other way round, and for
+    tensors the chosen implementation cannot run; nothing falls back silently.
     """
     _check(qkv, norm_q_weight, norm_k_weight, head_dim, impl)
     check_quantization("linear_attention", out_scale, out_dtype)
@@ -169,12 +173,16 @@ def _check(
 ) -> None:
     if impl not in (None, "reference", "triton"):
         raise ValueError(f"linear_attention: impl must be 'reference', 'triton' or None, got {impl!r}")
-    if qkv.ndim != 3 or qkv.shape[-1] % (3 * head_dim):
+    by_head = qkv.ndim == 4 and qkv.shape[1] % 3 == 0 and qkv.shape[3] == head_dim
+    if not by_head and (qkv.ndim != 3 or qkv.shape[-1] % (3 * head_dim)):
         raise ValueError(
-            f"linear_attention: qkv must be [B, N, 3C] with C a multiple of head_dim={head_dim}, got {tuple(qkv.shape)}"
+            f"linear_attention: qkv must be [B, N, 3C] with C a multiple of head_dim={head_dim}, or [B, 3 heads, N, "
+            f"{head_dim}], got {tuple(qkv.shape)}"
         )
     if (norm_q_weight is None) != (norm_k_weight is None):
         raise ValueError("linear_attention: norm_q_weight and norm_k_weight must be given together")
+    if by_head and norm_q_weight is not None:
+        raise ValueError(f"linear_attention: norms need packed qkv [B, N, 3C], got {tuple(qkv.shape)}")
     for weight in (norm_q_weight, norm_k_weight):
         if weight is not None and tuple(weight.shape) != (qkv.shape[-1] // 3,):
             raise ValueError(

@@ -23,12 +23,12 @@ def linear_attention_reference(
 ) -> torch.Tensor:
     """out_n = (sum_m v_m k_m^T) q_n / (sum_m k_m . q_n + eps), with q and k after ReLU.
 
-    qkv [B, N, 3C], packed [q | k | v], each with its heads in order -> [B, N, C] in the dtype of `qkv`, or
-    quantised to `out_dtype`.
+    qkv [B, N, 3C], packed [q | k | v], each with its heads in order, or [B, 3 heads, N, D], those heads one by one
+    -> [B, N, C] in the dtype of `qkv`, or quantised to `out_dtype`.
     With norm weights [C], q and k pass an RMS norm over all C channels first (SANA-1.5, Sprint).
     Source: Sana paper (ReLU linear attention), in the sum form that needs no padding of v.
     """
-    query, key, value = qkv.chunk(3, dim=-1)
+    query, key, value = packed(qkv).chunk(3, dim=-1)
     if norm_q_weight is not None and norm_k_weight is not None:
         query = rms_norm(query, norm_q_weight, norm_eps)
         key = rms_norm(key, norm_k_weight, norm_eps)
@@ -38,6 +38,11 @@ def linear_attention_reference(
     denominator = query @ key_sum.transpose(-1, -2) + eps  # [B, heads, N, 1]
     out = (query @ state) / denominator
     return narrow(out.transpose(1, 2).flatten(2), out_scale, out_dtype or qkv.dtype)
+
+
+def packed(qkv: torch.Tensor) -> torch.Tensor:
+    """[B, N, 3C] of either layout."""
+    return qkv if qkv.ndim == 3 else qkv.transpose(1, 2).flatten(2)
 
 
 def _split_heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:

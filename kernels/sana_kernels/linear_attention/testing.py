@@ -136,6 +136,21 @@ def candidate_results(inputs: Inputs, head_dim: int, impl: Impl | None) -> dict[
     return _named(out.detach(), torch.autograd.grad(out, leaves, inputs.grad))
 
 
+def verify_by_head(case: Case, device: str, impl: Impl | None, *, seed: int = 0) -> None:
+    """The same bits, of the result and of qkv's gradient, from heads one by one as from packed ones; AssertionError."""
+    inputs = make_inputs(case, device, seed)
+    heads = inputs.qkv.unflatten(2, (-1, case.head_dim)).transpose(1, 2)  # [B, 3 heads, N, D]
+    found = []
+    for qkv in (inputs.qkv, heads.contiguous()):
+        leaf = qkv.detach().requires_grad_()
+        out = linear_attention(leaf, head_dim=case.head_dim, eps=EPS, impl=impl)
+        (grad,) = torch.autograd.grad(out, leaf, inputs.grad)
+        found.append((out.detach(), grad))
+    (out, grad), (out_by_head, grad_by_head) = found
+    torch.testing.assert_close(out_by_head, out, rtol=0, atol=0)
+    torch.testing.assert_close(grad_by_head.transpose(1, 2).flatten(2), grad, rtol=0, atol=0)
+
+
 def _named(out: torch.Tensor, grads: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
     names = ("grad_qkv", "grad_q_weight", "grad_k_weight")
     return {"out": out, **{name: x for name, x in zip(names, grads, strict=False) if x.numel()}}

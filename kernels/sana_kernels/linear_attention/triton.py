@@ -86,6 +86,17 @@ def _load_weight(weight_ptr, head, QK_NORM: tl.constexpr, HEAD_DIM: tl.constexpr
 
 
 @triton.jit
+def _first_row(batch, head, row, tokens, channels, BY_HEAD: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Of one head, from token `row`: (offset of its q, numbers from one token to the next, from q to k and k to v)."""
+    if BY_HEAD:  # [B, 3 heads, N, D]
+        heads = channels // HEAD_DIM
+        offset = (tl.cast(batch * 3 * heads + head, tl.int64) * tokens + row) * HEAD_DIM
+        return offset, HEAD_DIM, tl.cast(channels, tl.int64) * tokens
+    else:
+        return (tl.cast(batch, tl.int64) * tokens + row) * (3 * channels) + head * HEAD_DIM, 3 * channels, channels
+
+
+@triton.jit
 def _sum_parts(parts_ptr, sequence, splits, HEAD_DIM: tl.constexpr):
     """S [D, D] and z [D] of one head: its parts added in order, so that the result does not depend on timing."""
     d = tl.arange(0, HEAD_DIM)
@@ -134,30 +145,34 @@ def state_kernel(
     QK_NORM: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BY_HEAD: tl.constexpr,
 ):
-    """One part of S and z: program (b * heads + head, split) sums tokens [split * rows, + rows)."""
+    """One part of S and z: program (b * heads + head, split) sums tokens [split * rows, + rows).
+
+    qkv is packed, or with BY_HEAD each head of q, k and v for itself; the TensorRT plugin has packed ones.
+    """
     sequence, split = tl.program_id(0), tl.program_id(1)
     heads = channels // HEAD_DIM
     batch, head = sequence // heads, sequence % heads
     stop = tl.minimum(rows, tokens - split * rows)
     n, d = tl.arange(0, BLOCK_N), tl.arange(0, HEAD_DIM)
     row = batch.to(tl.int64) * tokens + split * rows
-    key_ptrs = qkv_ptr + row * (3 * channels) + channels + head * HEAD_DIM
-    key_ptrs = key_ptrs + n[:, None] * (3 * channels) + d[None, :]
+    offset, step, part_step = _first_row(batch, head, split * rows, tokens, channels, BY_HEAD, HEAD_DIM)
+    key_ptrs = qkv_ptr + offset + part_step + n[:, None] * step + d[None, :]
     weight = _load_weight(norm_k_weight_ptr, head, QK_NORM, HEAD_DIM)
     state = tl.zeros([HEAD_DIM, HEAD_DIM], tl.float32)
     masses = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
     for start in range(0, stop, BLOCK_N):
         inside = (start + n < stop)[:, None]
         key = tl.load(key_ptrs, mask=inside, other=0.0)
-        value = tl.load(key_ptrs + channels, mask=inside, other=0.0)
+        value = tl.load(key_ptrs + part_step, mask=inside, other=0.0)
         key = _signed_relu(key, weight, QK_NORM)
         if QK_NORM:
             scale = tl.load(key_scale_ptr + row + start + n, mask=start + n < stop, other=0.0)
             key = (key.to(tl.float32) * scale[:, None]).to(key.dtype)
         state = _accumulate(tl.trans(key), value, state)
         masses += key.to(tl.float32)
-        key_ptrs += BLOCK_N * 3 * channels
+        key_ptrs += BLOCK_N * step
     mass = tl.sum(masses, axis=0)
     if QK_NORM:
         state *= tl.abs(weight)[:, None]
@@ -180,6 +195,7 @@ def _apply_part(
     QK_NORM: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BY_HEAD: tl.constexpr,
 ):
     """Program (b * heads + head, i) writes tokens [i * rows, + rows), times `inverse` where the output has 8 bits."""
     sequence, block = tl.program_id(0), tl.program_id(1)
@@ -188,7 +204,8 @@ def _apply_part(
     stop = tl.minimum(rows, tokens - block * rows)
     n, d = tl.arange(0, BLOCK_N), tl.arange(0, HEAD_DIM)
     row = batch.to(tl.int64) * tokens + block * rows
-    query_ptrs = qkv_ptr + row * (3 * channels) + head * HEAD_DIM + n[:, None] * (3 * channels) + d[None, :]
+    offset, step, _ = _first_row(batch, head, block * rows, tokens, channels, BY_HEAD, HEAD_DIM)
+    query_ptrs = qkv_ptr + offset + n[:, None] * step + d[None, :]
     out_ptrs = out_ptr + row * channels + head * HEAD_DIM + n[:, None] * channels + d[None, :]
     weight = _load_weight(norm_q_weight_ptr, head, QK_NORM, HEAD_DIM)
     state, mass = _sum_parts(parts_ptr, sequence, splits, HEAD_DIM)
@@ -205,7 +222,7 @@ def _apply_part(
         else:
             result = narrow(out, inverse, out_ptr.dtype.element_ty)
         tl.store(out_ptrs, result, mask=inside)
-        query_ptrs += BLOCK_N * 3 * channels
+        query_ptrs += BLOCK_N * step
         out_ptrs += BLOCK_N * channels
 
 
@@ -223,6 +240,7 @@ def apply_kernel(
     QK_NORM: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BY_HEAD: tl.constexpr,
 ):
     """out = (q S) / (q . z + eps), in the dtype of qkv; the TensorRT plugin launches it with these arguments."""
     _apply_part(
@@ -239,6 +257,7 @@ def apply_kernel(
         QK_NORM,
         HEAD_DIM,
         BLOCK_N,
+        BY_HEAD,
     )
 
 
@@ -257,6 +276,7 @@ def apply_codes_kernel(
     QK_NORM: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BY_HEAD: tl.constexpr,
 ):
     """`apply_kernel` whose result is divided by the scale and written in 8 bits."""
     inverse = inverse_scale(scale_ptr, out_ptr.dtype.element_ty)
@@ -274,6 +294,7 @@ def apply_codes_kernel(
         QK_NORM,
         HEAD_DIM,
         BLOCK_N,
+        BY_HEAD,
     )
 
 
@@ -506,7 +527,7 @@ def forward(
     *,
     tiles: Tilings | None = None,
 ) -> torch.Tensor:
-    """The Triton forward: qkv [B, N, 3C] -> a new tensor [B, N, C] of its dtype or `out_dtype`. Arguments as in `api`;
+    """The Triton forward: qkv -> a new tensor [B, N, C] of its dtype or `out_dtype`. Arguments as in `api`;
     `tiles` takes the place of `tilings` where others are to be measured.
     """
     check_support(qkv, head_dim, out_dtype)
@@ -520,7 +541,7 @@ def forward(
     kernel, scale = (apply_kernel, ()) if out_scale is None else (apply_codes_kernel, (out_scale,))
     sizes = (call.tokens, call.channels, rows, splits, eps)
     arguments = (call.qkv, call.norm_q_weight, parts, *scale, out, *sizes)
-    call.launch(kernel, (call.sequences, blocks), tiling, arguments)
+    call.launch(kernel, (call.sequences, blocks), tiling, arguments, BY_HEAD=call.by_head)
     return out
 
 
@@ -600,12 +621,16 @@ class _Call:
         return self.qkv.shape[0]
 
     @property
+    def by_head(self) -> bool:
+        return self.qkv.ndim == 4
+
+    @property
     def tokens(self) -> int:
-        return self.qkv.shape[1]
+        return self.qkv.shape[2 if self.by_head else 1]
 
     @property
     def channels(self) -> int:
-        return self.qkv.shape[2] // 3
+        return self.qkv.shape[1] * self.head_dim // 3 if self.by_head else self.qkv.shape[2] // 3
 
     @property
     def heads(self) -> int:
@@ -629,10 +654,13 @@ class _Call:
         splits, rows = tiling.split(self.tokens, self.sequences)
         parts = self.new_parts(splits)
         tensors = (self.qkv, self.key_scale, self.norm_k_weight, parts)
-        self.launch(state_kernel, (self.sequences, splits), tiling, (*tensors, self.tokens, self.channels, rows))
+        arguments = (*tensors, self.tokens, self.channels, rows)
+        self.launch(state_kernel, (self.sequences, splits), tiling, arguments, BY_HEAD=self.by_head)
         return parts, splits
 
-    def launch(self, kernel: Any, grid: tuple[int, int], tiling: Tiling, arguments: tuple[Any, ...]) -> None:
+    def launch(
+        self, kernel: Any, grid: tuple[int, int], tiling: Tiling, arguments: tuple[Any, ...], **constants: bool
+    ) -> None:
         """Queue one of the kernels that work per head."""
         launcher(kernel)[grid](
             *arguments,
@@ -641,6 +669,7 @@ class _Call:
             BLOCK_N=tiling.block_rows,
             num_warps=tiling.num_warps,
             num_stages=tiling.num_stages,
+            **constants,
         )
 
     def _key_rms(self) -> None:
