@@ -2,9 +2,6 @@
 
 import importlib.metadata
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 from sana_export import __version__
 from sana_export.build_request import BuildRequest
@@ -17,7 +14,7 @@ from sana_export.stages import EXPORTER_PACKAGES, TENSORRT_TARGETS, Reporter, St
 from sana_export.weights.checkpoint import open_checkpoint
 from sana_runtime.contract import DTYPE_OF_PRECISION, PrecisionName, TargetName
 from sana_runtime.errors import BuildError
-from sana_runtime.files import no_space_or
+from sana_runtime.files import full_disk_is_an_error
 from sana_runtime.manifest import (
     SCHEMA_VERSION,
     ComponentEntry,
@@ -43,7 +40,7 @@ def build(request: BuildRequest, reporter: Reporter) -> Manifest:
     }
     checkpoint = open_checkpoint(request.model, variant=request.variant, base=request.base)
     with (
-        _full_disk_is_an_error(request.output),
+        full_disk_is_an_error(request.output),
         open_staging(request.output, sources) as staging,
         Workers(request.jobs, staging.folder / "inductor.work") as workers,
     ):
@@ -117,11 +114,3 @@ def _check_space(stages: Stages, plans: tuple[ComponentPlan, ...]) -> None:
             expected=f"about {needed >> 20} MiB",
             action="free space or choose another --output",
         )
-
-
-@contextmanager
-def _full_disk_is_an_error(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise no_space_or(error, output) from error

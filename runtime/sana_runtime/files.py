@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from sana_runtime.errors import BuildError
+from sana_runtime.errors import BuildError, SanaError
 
 _CHUNK_BYTES = 1 << 22
 # Files read at once: an engine's weights are a few large files, and one core hashes slower than a disk reads.
@@ -71,26 +71,48 @@ def whole_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
     try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_directory(path.parent)
-    except OSError as error:
-        raise no_space_or(error, path) from error
+        with full_disk_is_an_error(path):
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def no_space_or(error: OSError, path: Path) -> Exception:
-    """The `BuildError` for a full disk or quota; any other OSError unchanged."""
-    # NumPy reports a short write, which only a full disk causes here, without an error number.
-    short_write = error.errno is None and "requested and" in str(error)
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT) and not short_write:
+@contextmanager
+def full_disk_is_an_error(path: Path) -> Iterator[None]:
+    """A full disk or quota that is met inside becomes a `BuildError` that names `path`."""
+    try:
+        yield
+    except Exception as error:
+        problem = no_space_or(error, path)
+        if problem is error:
+            raise
+        raise problem from error
+
+
+def no_space_or(error: Exception, path: Path) -> Exception:
+    """The `BuildError` for a full disk or quota; any other error unchanged, and one that is ours already."""
+    number = _error_number(error)
+    if isinstance(error, SanaError) or number not in (errno.ENOSPC, errno.EDQUOT):
         return error
     return BuildError(
         f"no space left while writing {path}",
-        received=str(error) if short_write else os.strerror(error.errno or errno.ENOSPC),
+        received=os.strerror(number),
         expected=f"room for the file in {path.parent}",
         action="free space or choose another --output, then run the same command: finished stages are reused",
     )
+
+
+def _error_number(error: Exception) -> int | None:
+    """Which error of the system this is, also where a library has put it into words of its own."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    text = str(error)
+    # NumPy reports a short write, which only a full disk causes here, without a number.
+    if isinstance(error, OSError) and "requested and" in text:
+        return errno.ENOSPC
+    # safetensors, ONNX Runtime and others raise what they like and quote the system.
+    return next((number for number in (errno.ENOSPC, errno.EDQUOT) if os.strerror(number) in text), None)

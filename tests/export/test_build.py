@@ -15,6 +15,7 @@ from pathlib import Path
 import onnx
 import onnx.parser
 import pytest
+from safetensors import SafetensorError
 
 import sana_export.build
 import sana_export.stages
@@ -191,10 +192,14 @@ def test_two_builds_at_once(request_64: BuildRequest) -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), OSError("12288 requested and 7712 written")],
-    ids=["ENOSPC", "NumPy's short write"],
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        OSError("12288 requested and 7712 written"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["ENOSPC", "NumPy's short write", "safetensors"],
 )
-def test_a_full_disk(rebuild: BuildRequest, monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
+def test_a_full_disk(rebuild: BuildRequest, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     before = read_manifest(rebuild.output).digest
 
     def full(*_: object, **__: object) -> None:
