@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from inductor_profile import Session, operator_time
-from tilings import Work, command_parser, compile_ahead, compiled, compiles, hold_to, measure, try_tilings
+from tilings import command_parser, compile_ahead, compiles, hold_to, measure, try_tilings
 from torch.nn import functional as F
 
 from sana_kernels.machine import shared_bytes
@@ -114,7 +114,7 @@ def work_of(case: Case, inputs: Inputs) -> Callable[[], torch.Tensor]:
     return lambda: kernels.forward(*given)
 
 
-def cudnn(session: Session, case: Case, inputs: Inputs, *, alone: bool = False) -> Work:
+def cudnn(session: Session, case: Case, inputs: Inputs, *, alone: bool = False) -> Callable[[], object]:
     """The convolution in bf16 with its bias, and SiLU behind it unless it is `alone`."""
     x, weight = (t.to(torch.bfloat16).permute(0, 3, 1, 2) for t in (inputs.x, inputs.weight))
 
@@ -122,10 +122,11 @@ def cudnn(session: Session, case: Case, inputs: Inputs, *, alone: bool = False) 
         out = F.conv2d(x, weight, inputs.bias, padding=1)
         return F.silu(out) if case.silu and not alone else out
 
-    return compiled(session, work) if case.silu else work
+    torch._dynamo.reset()
+    return torch.compile(work, fullgraph=True, dynamic=False) if session.on_gpu and case.silu else work
 
 
-def timed(session: Session, convolution: Convolution, what: str, work: Work) -> float:
+def timed(session: Session, convolution: Convolution, what: str, work: Callable[[], object]) -> float:
     """Time it and write the row; microseconds."""
     time_us = operator_time(session, work, convolution.calls)
     session.row("convolution", convolution.name, what, time_us, "us", f"{convolution.flop / time_us / 1e6:.0f} TFLOP/s")

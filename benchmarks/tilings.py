@@ -19,7 +19,6 @@ from inductor_profile import OutOfTime, Session, relative_rms
 from sana_kernels.machine import ON_CPU
 
 Tiling = Any  # of whichever kernel
-Work = Callable[[], object]
 
 
 def command_parser(doc: str | None, name: str, *, instead_of: str, budget_s: float = 540.0) -> argparse.ArgumentParser:
@@ -106,9 +105,3 @@ def compiles(kernel: Any, arguments: Sequence[Any], constants: Mapping[str, Any]
         print(f"not compiled: {what}: {type(error).__name__}: {str(error)[:200]}", flush=True)
         return False
     return True
-
-
-def compiled(session: Session, work: Work) -> Work:
-    """`work` by Inductor where there is a GPU."""
-    torch._dynamo.reset()
-    return torch.compile(work, fullgraph=True, dynamic=False) if session.on_gpu else work

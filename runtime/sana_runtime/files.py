@@ -114,5 +114,5 @@ def _error_number(error: Exception) -> int | None:
     # NumPy reports a short write, which only a full disk causes here, without a number.
     if isinstance(error, OSError) and "requested and" in text:
         return errno.ENOSPC
-    # safetensors, ONNX Runtime and others raise what they like and quote the system.
+    # safetensors raises an error of its own and quotes the system; others may.
     return next((number for number in (errno.ENOSPC, errno.EDQUOT) if os.strerror(number) in text), None)
