@@ -121,8 +121,13 @@ class TorchMemory(DeviceMemory):
 
     @cached_property
     def _staging(self) -> Any:
-        """Memory that the device writes to by itself; into any other its driver copies, which takes far longer."""
-        return self.torch.empty(_STAGING_BYTES, dtype=self.torch.uint8, pin_memory=True)
+        """Memory that the device writes to by itself; into any other its driver copies, which takes far longer.
+
+        An engine may be the first to ask for it. What is made in its inference mode could not be written to outside.
+        """
+        with self.torch.inference_mode(False):
+            pinned = self.device.type == "cuda"
+            return self.torch.empty(_STAGING_BYTES, dtype=self.torch.uint8, pin_memory=pinned)
 
     def content(self, tensor: DeviceTensor) -> npt.NDArray[np.generic]:
         """`download` without waiting for the device where the host knows what it uploaded. Not to be written to."""

@@ -320,6 +320,18 @@ def test_pictures_larger_than_the_staging_memory_arrive_whole(device: str) -> No
     assert memory.tensor(2.5, TensorSpec("guidance_scale", F32, ())).numpy() == 2.5
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_staging_memory_that_an_engine_asked_for_first_serves_whoever_comes_after(device: str) -> None:
+    memory = inductor.TorchMemory(device)
+    with torch.inference_mode():
+        staging = memory._staging
+    part = torch.arange(5, dtype=torch.uint8, device=device)
+    target = torch.empty(5, dtype=torch.uint8)
+    inductor.copy_in_parts(part, target, staging[:3], memory.synchronize)
+    assert torch.equal(target, part.cpu())
+    assert memory._staging is staging
+
+
 @pytest.mark.parametrize("size", [1, 4, 5, 12, 13])
 def test_copies_in_parts_wait_for_each(size: int) -> None:
     source = torch.arange(size, dtype=torch.uint8)
