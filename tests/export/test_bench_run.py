@@ -1,6 +1,7 @@
 """A tiny bundle measured beside its peers on the CPU: parity first, every subject on its own, nothing lost."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -87,6 +88,7 @@ def test_bench_measures_engines_and_peer(bundle: Path, tmp_path: Path) -> None:
         assert found[subject, "cold_start"]["p50_ms"] > found[subject, "total"]["p50_ms"]
         assert found[subject, "total"]["p50_ms"] > 2 * found[subject, "step"]["p50_ms"]
     assert "relative RMS" in found["sana-export onnxruntime", "parity"]["note"]
+    assert re.search(r"transformer \d.*, vae_decoder \d", found["sana-export onnxruntime", "total"]["note"])
     assert found["sana-export onnxruntime", "build"]["p50_ms"] > 0
     assert len({row["run"] for row in rows}) == 1
 
