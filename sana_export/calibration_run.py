@@ -98,7 +98,7 @@ def calibrate(
         if name in progress.components:
             seen = _observe_component(run, name, rules[name], folder, progress)
         weight = stored_weights(checkpoint, name)
-        found[name] = component_scales(rules[name], seen, weight, recipe.base_dtype)
+        found[name] = component_scales(rules[name], seen, progress.smoothing(name, weight), recipe.base_dtype)
         for layer in [layer for layer, rule in rules[name].items() if rule.rounding == "gptq"]:
             on_progress(progress.fraction, f"rounding {name}, {layer}")
             found[name][layer] = _rounded(folder, name, layer, rules[name][layer], weight, recipe.base_dtype, device)
@@ -280,6 +280,17 @@ class _Progress:
     def at(self, text: str, step: int = 0) -> None:
         """Work within a prompt."""
         self._report((self._done + step) / self._total, text)
+
+    def smoothing(
+        self, component: ComponentName, weight: Callable[[str], torch.Tensor]
+    ) -> Callable[[str], torch.Tensor]:
+        """`weight`, which is asked for a layer's where it is smoothed, telling which: every alpha rounds it anew."""
+
+        def told(layer: str) -> torch.Tensor:
+            self._report(self.fraction, f"smoothing {component}, {layer}")
+            return weight(layer)
+
+        return told
 
 
 def _needed_components(rules: Mapping[ComponentName, Mapping[str, LayerRule]]) -> tuple[ComponentName, ...]:
