@@ -20,4 +20,4 @@ def shared_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return COMMON_SHARED_BYTES
     properties = torch.cuda.get_device_properties(device)
-    return int(getattr(properties, "shared_memory_per_block_optin", COMMON_SHARED_BYTES))  # not every PyTorch tells
+    return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]  # PyTorch's stubs leave it out

@@ -139,9 +139,9 @@ def linear_attention(
 
     Also qkv [B, 3 heads, N, head_dim]: the heads of q, those of k, those of v, as a batched product leaves them; with
     contiguous heads it is read as it is. `norm_q_weight`, `norm_k_weight` [C] are given together or not at all, with
-    packed qkv alone. The result has the dtype of qkv; with
-    `out_dtype` float8_e4m3fn or int8 and `out_scale` (one float32 number on qkv's device, amax / 448 or amax / 127) it
-    is saturate(round_half_even(result / out_scale)), without gradient.
+    packed qkv alone. The result has the dtype of qkv; with `out_dtype` float8_e4m3fn or int8 and `out_scale` (one
+    float32 number on qkv's device, amax / 448 or amax / 127) it is saturate(round_half_even(result / out_scale)),
+    without gradient.
     `impl`: "reference" is eager PyTorch, "triton" the kernels; None takes the kernels for CUDA tensors where
     Triton is installed, the reference otherwise, and is the one op that torch.export and the ONNX exporter see.
 
