@@ -66,6 +66,10 @@ PEERS: dict[str, Recipe] = {
     "channels-last": Recipe(
         "torch.compile, channels-last, CUDA graph", {"dynamic": False}, graph=True, channels_last=True
     ),
+    # What most users write: the recipe's mode without its flags.
+    "max-autotune": Recipe(
+        "max-autotune, channels-last, CUDA graph", {"mode": _TUNED, "dynamic": False}, graph=True, channels_last=True
+    ),
     "recipe": _tuned("max-autotune by block, fused QKV, channels-last, CUDA graph", by_block=True),
     "recipe-whole": _tuned("max-autotune, fused QKV, channels-last, CUDA graph", by_block=False),
     "torch-tensorrt": Recipe(

@@ -21,6 +21,7 @@ class Peer(str, Enum):
     graph = "graph"
     compile = "compile"
     channels_last = "channels-last"
+    max_autotune = "max-autotune"
     recipe = "recipe"
     recipe_whole = "recipe-whole"
     torch_tensorrt = "torch-tensorrt"
@@ -39,8 +40,9 @@ def run(
     peer: Annotated[
         list[Peer] | None,
         typer.Option(
-            help="diffusers eager; eager replayed as a CUDA graph; torch.compile, also with channels last; its best "
-            "documented recipe (max-autotune, by transformer block or whole: minutes of compiling); torch-tensorrt. "
+            help="diffusers eager; eager replayed as a CUDA graph; torch.compile, also with channels last; "
+            "max-autotune; the recipe of its guide (max-autotune with flags and fused QKV), by transformer block or "
+            "whole; torch-tensorrt. max-autotune compiles for minutes. "
             "May be repeated. Default: eager on a CPU, all but recipe-whole on a GPU.",
         ),
     ] = None,

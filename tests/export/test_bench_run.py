@@ -304,7 +304,8 @@ def test_the_matrix_holds_every_case_of_the_issue() -> None:
     models, sides, precisions = ("random:0.6b", "random:1.6b"), (512, 1024, 2048, 4096), ("bf16", "fp8", "int8")
     assert ours == {(m, s, p) for m in models for s in sides for p in precisions}
     peers_of = {(group.model, group.side, peer) for group in MATRIX for peer in group.peers}
-    assert {(m, s, p) for m in models for s in sides for p in ("eager", "recipe", "torch-tensorrt")} <= peers_of
+    rivals = ("eager", "max-autotune", "recipe", "torch-tensorrt")
+    assert {(m, s, p) for m in models for s in sides for p in rivals} <= peers_of
     assert len(peers_of) == sum(len(group.peers) for group in MATRIX)
     assert MATRIX[0] == Group("random:0.6b", 1024, ("fp8", "bf16", "int8"), ("eager", "compile", "channels-last"))
 
