@@ -66,7 +66,7 @@ PEERS: dict[str, Recipe] = {
     "channels-last": Recipe(
         "torch.compile, channels-last, CUDA graph", {"dynamic": False}, graph=True, channels_last=True
     ),
-    # What most users write: the recipe's mode without its flags.
+    # The recipe's mode and layout without its flags and its fused projections, as most users would write it.
     "max-autotune": Recipe(
         "max-autotune, channels-last, CUDA graph", {"mode": _TUNED, "dynamic": False}, graph=True, channels_last=True
     ),

@@ -42,7 +42,7 @@ def run(
         typer.Option(
             help="diffusers eager; eager replayed as a CUDA graph; torch.compile, also with channels last; "
             "max-autotune; the recipe of its guide (max-autotune with flags and fused QKV), by transformer block or "
-            "whole; torch-tensorrt. max-autotune compiles for minutes. "
+            "whole; torch-tensorrt. max-autotune compiles for many minutes. "
             "May be repeated. Default: eager on a CPU, all but recipe-whole on a GPU.",
         ),
     ] = None,

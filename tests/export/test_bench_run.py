@@ -24,6 +24,7 @@ from sana_export.bench.rows import Case, read_rows
 from sana_export.bench.run import Bench, check_parity
 from sana_export.bench.subjects import Failed, Finding, Judged, Subject, Timed
 from sana_export.cli import app
+from sana_export.commands.bench import Peer
 from sana_export.parity.ladder import EngineCandidate
 from sana_export.parity.tolerance import ParityError
 from sana_export.prompting import tokenizer_entry
@@ -232,6 +233,10 @@ def test_one_stages_failure_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -
     findings = here(peer_subject("eager", ("step", "vae_decoder", "text_encoder")))
     assert [finding.stage for finding in findings if isinstance(finding, Timed)] == ["step", "text_encoder"]
     assert Failed("vae_decoder", "RuntimeError: out of memory") in findings
+
+
+def test_the_command_offers_every_peer() -> None:
+    assert {peer.value for peer in Peer} - {"all", "none"} == peers.PEERS.keys()
 
 
 def test_a_peer_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
